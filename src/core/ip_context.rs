@@ -1,0 +1,1 @@
+//! What a target is told about addresses and routes.

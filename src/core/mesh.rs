@@ -1,0 +1,1 @@
+//! Which load balancers exist.

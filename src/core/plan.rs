@@ -1,0 +1,1 @@
+//! Operations that lead from observed to wanted kernel state.

@@ -1,0 +1,1 @@
+//! From facts to what the probes are told.

@@ -1,0 +1,1 @@
+//! When to register, refresh and unregister the endpoint.

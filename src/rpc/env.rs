@@ -1,0 +1,99 @@
+//! gRPC environments (poll threads) and the channel options that undo the
+//! defaults of the C core which do not fit this daemon.
+
+use std::ffi::CString;
+use std::sync::Arc;
+use std::time::Duration;
+
+use grpcio::{ChannelBuilder, EnvBuilder, Environment, ResourceQuota, ServerBuilder};
+
+/// Metadata that a peer may send. The C core's own soft limit of 8 KiB rejects
+/// at random above it, while NSM carries its path with all tokens as JSON in
+/// one header; grpc-go allows 16 MiB.
+const METADATA_MAX: i32 = 1024 * 1024;
+/// Largest message taken from a peer: grpc-go's default.
+const MESSAGE_MAX: i32 = 4 * 1024 * 1024;
+/// Memory that all calls of one server together may use for buffers.
+const SERVER_MEMORY: usize = 32 * 1024 * 1024;
+/// Calls that a server asks for in advance; with the default of 1 024 a
+/// shutdown can take seconds (tikv/grpc-rs#674).
+const REQUEST_SLOTS: usize = 32;
+/// Streams that one connection to our servers may have open.
+const STREAMS_MAX: i32 = 256;
+
+/// The two gRPC environments: one poll thread each, so that a burst of answers
+/// to our own calls never delays a peer's request, nor the other way round.
+#[derive(Clone)]
+pub struct Rpc {
+    client: Arc<Environment>,
+    server: Arc<Environment>,
+}
+
+impl Rpc {
+    /// Starts the two poll threads, `grpc-client-0` and `grpc-server-0`.
+    #[must_use]
+    pub fn new() -> Self {
+        let env = |prefix: &str| {
+            Arc::new(
+                EnvBuilder::new()
+                    .cq_count(1)
+                    .name_prefix(prefix.to_owned())
+                    .build(),
+            )
+        };
+        Self {
+            client: env("grpc-client"),
+            server: env("grpc-server"),
+        }
+    }
+
+    /// The environment of channels.
+    #[must_use]
+    pub fn client(&self) -> &Arc<Environment> {
+        &self.client
+    }
+
+    /// A channel builder with the daemon's options; the caller adds the
+    /// authority and connects.
+    #[must_use]
+    pub fn channel(&self, reconnect_backoff_max: Duration) -> ChannelBuilder {
+        let backoff = i32::try_from(reconnect_backoff_max.as_millis()).unwrap_or(i32::MAX);
+        common(ChannelBuilder::new(Arc::clone(&self.client)))
+            .initial_reconnect_backoff(Duration::from_secs(1).min(reconnect_backoff_max))
+            .max_reconnect_backoff(reconnect_backoff_max)
+            .raw_cfg_int(key("grpc.min_reconnect_backoff_ms"), backoff.min(1000))
+            .raw_cfg_int(key("grpc.dns_min_time_between_resolutions_ms"), 1000)
+            .raw_cfg_int(key("grpc.enable_http_proxy"), 0)
+    }
+
+    /// A server builder with the daemon's options; the caller registers its
+    /// services and adds listening ports or connections.
+    #[must_use]
+    pub fn server(&self) -> ServerBuilder {
+        let args = common(ChannelBuilder::new(Arc::clone(&self.server)))
+            .max_concurrent_stream(STREAMS_MAX)
+            .set_resource_quota(ResourceQuota::new(None).resize_memory(SERVER_MEMORY))
+            .build_args();
+        ServerBuilder::new(Arc::clone(&self.server))
+            .channel_args(args)
+            .requests_slot_per_cq(REQUEST_SLOTS)
+    }
+}
+
+impl Default for Rpc {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn common(builder: ChannelBuilder) -> ChannelBuilder {
+    builder
+        .max_receive_message_len(MESSAGE_MAX)
+        .raw_cfg_int(key("grpc.max_metadata_size"), METADATA_MAX)
+        .raw_cfg_int(key("grpc.absolute_max_metadata_size"), METADATA_MAX)
+}
+
+fn key(name: &str) -> CString {
+    // Only constants without NUL come here; an empty key would be ignored.
+    CString::new(name).unwrap_or_default()
+}

@@ -1,0 +1,1 @@
+//! The SPIRE agent: the Workload API with rotation on command.

@@ -1,0 +1,1 @@
+//! The outside client and the router in front of the load balancers.

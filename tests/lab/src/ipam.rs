@@ -1,0 +1,1 @@
+//! The IPAM service with the real allocation rules.

@@ -1,0 +1,39 @@
+//! The peers that meridio-proxy meets in a cluster, for tests, demo and
+//! benchmarks: SPIRE agent, nsmgr with registry and kernel forwarder, IPAM,
+//! NSP, load balancers and targets, each in a network namespace of its own,
+//! with mTLS everywhere. They refuse what the real ones refuse. Nothing of the
+//! daemon depends on this crate.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::needless_pass_by_value,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss
+)]
+
+pub mod agent;
+pub mod client;
+pub mod datapath;
+pub mod forwarder;
+pub mod ipam;
+pub mod lb;
+pub mod link;
+pub mod monitor;
+pub mod netns;
+pub mod nsmgr;
+pub mod nsp;
+pub mod path;
+pub mod pki;
+pub mod policy;
+pub mod process;
+pub mod registry;
+pub mod target;
+pub mod tls;
+pub mod topology;
+pub mod traffic;
+pub mod veth;

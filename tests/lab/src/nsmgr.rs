@@ -1,0 +1,1 @@
+//! The network service manager with its registry.

@@ -1,0 +1,1 @@
+//! Path segments as nsmgr, forwarder and endpoints update them.

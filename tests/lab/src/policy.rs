@@ -1,0 +1,1 @@
+//! nsmgr's authorisation policies.

@@ -1,0 +1,1 @@
+//! The daemon under test as a process of its own.

@@ -1,0 +1,1 @@
+//! A target, behaving as Meridio's TAPA.

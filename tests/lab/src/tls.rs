@@ -1,0 +1,1 @@
+//! mTLS over sockets with descriptor passing, both roles, strict.

@@ -1,0 +1,1 @@
+//! Flows, what answered them, and what was lost.

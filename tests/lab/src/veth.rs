@@ -1,0 +1,1 @@
+//! The forwarder's data plane: veth pairs.
