@@ -1,0 +1,62 @@
+# Everything that is done with this repository. `make` alone lists the targets.
+#
+# All targets but `image` and `release` use one cargo profile, so that the C
+# core of gRPC is compiled once for a checkout.
+
+CARGO ?= cargo
+CARGO_FLAGS ?= --locked
+IMAGE ?= meridio-proxy
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: deps
+deps: ## Install what building and testing needs, or say what is missing
+	@scripts/install-deps.sh
+
+.PHONY: build
+build: deps ## Build the daemon, the lab and all tests
+	$(CARGO) build $(CARGO_FLAGS) --workspace --all-targets
+
+.PHONY: test
+test: build ## Run every test; fails where network namespaces are denied
+	scripts/netns-run.sh $(CARGO) test $(CARGO_FLAGS) --workspace
+
+.PHONY: demo
+demo: deps ## Bring up targets, load balancers and the daemon, send traffic, report
+	$(CARGO) build $(CARGO_FLAGS) --workspace --bins
+	scripts/netns-run.sh target/debug/demo
+
+.PHONY: fmt
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+.PHONY: lint
+lint: deps ## Formatting and lints, warnings as errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+
+.PHONY: doc
+doc: deps ## The API documentation, warnings as errors
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(CARGO_FLAGS) --no-deps --workspace
+
+.PHONY: deny
+deny: ## Dependency bans, licences, sources and, where the database is, advisories
+	@scripts/deny.sh
+
+.PHONY: check
+check: lint test demo deny ## What CI runs
+
+.PHONY: release
+release: deps ## The optimised daemon: target/release/proxy
+	MERIDIO_PROXY_VERSION="$(VERSION)" $(CARGO) build $(CARGO_FLAGS) --release --bin proxy
+
+.PHONY: image
+image: ## The container image
+	docker build --build-arg VERSION="$(VERSION)" --tag "$(IMAGE):$(or $(VERSION),latest)" .
+
+.PHONY: clean
+clean: ## Remove what was built
+	$(CARGO) clean
