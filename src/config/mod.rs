@@ -1,1 +1,3 @@
-//! Configuration.
+//! Settings.
+
+pub mod value;

@@ -20,3 +20,4 @@ pub mod readiness;
 pub mod registration;
 pub mod retry;
 pub mod targets;
+pub mod vips;

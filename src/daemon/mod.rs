@@ -1,1 +1,3 @@
 //! Putting the daemon together.
+
+pub mod shutdown;

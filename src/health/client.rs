@@ -67,10 +67,7 @@ impl fmt::Display for ProbeError {
             Self::Usage(text) => write!(f, "error: {text}"),
             Self::Connect(text) => write!(f, "failed to connect service {text}"),
             Self::Rpc(text) => write!(f, "error: health rpc failed: {text}"),
-            Self::Unhealthy(status) => write!(
-                f,
-                "service unhealthy (responded with \"{status}\")"
-            ),
+            Self::Unhealthy(status) => write!(f, "service unhealthy (responded with \"{status}\")"),
         }
     }
 }
@@ -174,7 +171,10 @@ impl Probe {
                     .to_owned()
             }
             Some(Code::DEADLINE_EXCEEDED) => {
-                format!("timeout: health rpc did not complete within {:?}", self.rpc_timeout)
+                format!(
+                    "timeout: health rpc did not complete within {:?}",
+                    self.rpc_timeout
+                )
             }
             _ => format!("service {:?}: {error}", self.service),
         }
@@ -227,7 +227,12 @@ mod tests {
         assert_eq!(probe.service, "Readiness");
         assert_eq!(probe.connect_timeout, Duration::from_millis(400));
         assert_eq!(probe.rpc_timeout, Duration::from_millis(250));
-        assert_eq!(parse(&["--addr", "127.0.0.1:1", "-service="]).unwrap().service, "");
+        assert_eq!(
+            parse(&["--addr", "127.0.0.1:1", "-service="])
+                .unwrap()
+                .service,
+            ""
+        );
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What the probes are told.
 
+pub mod client;
+
 /// The conditions that readiness is made of, with their names on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SubService {

@@ -2,13 +2,17 @@
 
 pub mod error;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 
+use crate::core::family::IpFamilies;
 use crate::core::ids::LeaseId;
 use crate::core::lease::Addresses;
+use crate::kernel::NetHandle;
 use crate::sync::stop::Stop;
+use crate::sync::thread::Threads;
+use crate::transport::client::Connector;
 pub use error::IpamError;
 
 /// Runs once, on the `ipam` thread, with the outcome; must not block.
@@ -55,6 +59,56 @@ impl IpamHandle {
     /// `deadline`.
     #[must_use]
     pub fn flush(&self, _deadline: Instant) -> Receiver<std::convert::Infallible> {
+        todo!()
+    }
+}
+
+/// What the IPAM client is made of.
+#[derive(Debug, Clone)]
+pub struct IpamOptions {
+    /// `NSM_TRENCH`.
+    pub trench: String,
+    /// `NSM_CONDUIT`.
+    pub conduit: String,
+    /// `NSM_HOST`: the node whose subnet is used.
+    pub node: String,
+    /// The families of the deployment.
+    pub families: IpFamilies,
+    /// `NSM_IP_RELEASE_DELAY`.
+    pub release_delay: Duration,
+    /// `NSM_BRIDGE_IP_RENEW_INTERVAL`.
+    pub renew_interval: Duration,
+}
+
+/// Thread `ipam`.
+pub struct Ipam {}
+
+impl Ipam {
+    /// Starts the thread; it asks for the bridge's addresses at once, tells
+    /// them to `net`, and renews them.
+    ///
+    /// # Errors
+    ///
+    /// When the thread cannot be started.
+    pub fn start(
+        _threads: &Threads,
+        _connector: Connector,
+        _net: NetHandle,
+        _options: IpamOptions,
+    ) -> std::io::Result<Self> {
+        todo!()
+    }
+
+    /// For the other threads.
+    #[must_use]
+    pub fn handle(&self) -> IpamHandle {
+        todo!()
+    }
+
+    /// Releases what is pending and ends the thread. Returns its name if it
+    /// did not end by `deadline`.
+    #[must_use]
+    pub fn stop(self, _deadline: Instant) -> Vec<String> {
         todo!()
     }
 }

@@ -1,0 +1,1 @@
+//! Which VIPs are taken over from NSP, and which are refused.

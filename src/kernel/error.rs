@@ -1,0 +1,5 @@
+//! Kernel errors.
+
+/// Why the kernel side could not be started.
+#[derive(Debug)]
+pub struct KernelError(pub String);
