@@ -28,9 +28,12 @@ const FULL: Duration = Duration::from_secs(60);
 /// First and longest wait before failed operations are tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// First and longest wait from a foreign change to reading the state anew.
-/// Doubled each time that we had to undo something, so that a fight with
-/// another program stays a quiet one.
 const DAMPING: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// So often a foreign change is undone after the first wait; then the wait
+/// doubles each time, so that a fight with another program stays a quiet one.
+const PATIENT_MENDS: u32 = 16;
+/// After so long without anything to undo a fight is over.
+const PEACE: Duration = Duration::from_secs(10);
 
 /// Takes messages until told to stop.
 pub fn run<K: Rtnl>(mut net: Net<K>, messages: &Receiver<NetMsg>, stop: &Stop) {
@@ -68,7 +71,10 @@ pub struct Net<K> {
     connected: usize,
     /// When the state shall be read anew because somebody changed it.
     resync_at: Option<Instant>,
-    damping: Duration,
+    /// How often a foreign change was undone without peace in between, and when
+    /// it was the last time.
+    mends: u32,
+    mended_at: Instant,
     /// When what failed is tried again.
     retry_at: Option<Instant>,
     retry_delay: Duration,
@@ -97,7 +103,8 @@ impl<K: Rtnl> Net<K> {
             egress,
             connected: 0,
             resync_at: None,
-            damping: DAMPING.0,
+            mends: 0,
+            mended_at: now,
             retry_at: None,
             retry_delay: RETRY.0,
             full_at: now + FULL,
@@ -119,10 +126,22 @@ impl<K: Rtnl> Net<K> {
                     self.resync_by(now);
                 }
             }
-            NetMsg::Foreign => self.resync_by(now + self.damping),
+            NetMsg::Foreign => {
+                let damping = self.damping(now);
+                self.resync_by(now + damping);
+            }
             NetMsg::Overrun => self.resync_by(now),
             NetMsg::Quiesce(ack) => waiting.push(ack),
         }
+    }
+
+    /// How long to wait for more of a foreign change.
+    fn damping(&mut self, now: Instant) -> Duration {
+        if now.saturating_duration_since(self.mended_at) > PEACE {
+            self.mends = 0;
+        }
+        let doublings = self.mends.saturating_sub(PATIENT_MENDS).min(10);
+        (DAMPING.0 * 2u32.pow(doublings)).min(DAMPING.1)
     }
 
     fn resync_by(&mut self, at: Instant) {
@@ -146,12 +165,9 @@ impl<K: Rtnl> Net<K> {
             drifted = self.resync(now);
         }
         let (done, failed) = self.rounds(now);
-        if foreign {
-            self.damping = if drifted && done {
-                (self.damping * 2).min(DAMPING.1)
-            } else {
-                DAMPING.0
-            };
+        if foreign && drifted && done {
+            self.mends = self.mends.saturating_add(1);
+            self.mended_at = now;
         }
         if failed || self.blind.is_some() {
             self.retry_at = Some(now + self.retry_delay);

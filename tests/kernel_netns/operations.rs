@@ -1,77 +1,19 @@
-//! Every operation, and the worker, on the real kernel: each test in a network
-//! namespace of its own. Fails where that is denied.
+//! Every operation on the real kernel.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::process::Command;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use meridio_proxy::core::event::Event;
-use meridio_proxy::core::family::{Family, IpFamilies, PerFamily};
-use meridio_proxy::core::ids::{EndpointName, IfIndex, IfName, PortKey, SegmentId};
-use meridio_proxy::core::observed::{Observed, RouteKind};
+use meridio_proxy::core::family::Family;
+use meridio_proxy::core::ids::IfIndex;
+use meridio_proxy::core::observed::RouteKind;
 use meridio_proxy::core::op::{FALLBACK_METRIC, KernelOp, PROTOCOL};
+use meridio_proxy::kernel::Rtnl;
 use meridio_proxy::kernel::error::OpError;
 use meridio_proxy::kernel::netlink::Netlink;
 use meridio_proxy::kernel::netlink::socket::RequestSocket;
-use meridio_proxy::kernel::{Kernel, KernelOptions, NetHandle, Rtnl};
-use meridio_proxy::sync::clock;
-use meridio_proxy::sync::stop::stop_pair;
-use meridio_proxy::sync::thread::Threads;
-use parking_lot::Mutex;
-use serde_json::Value;
 
-const MAC: [u8; 6] = [0x02, 0x11, 0x22, 0x33, 0x44, 0x55];
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Moves the test's thread, and all that it starts, to a new namespace.
-fn enter_netns() {
-    // SAFETY: unshare takes no pointers; it changes the calling thread only.
-    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(
-        result,
-        0,
-        "no new network namespace ({}); run as root or through scripts/netns-run.sh",
-        std::io::Error::last_os_error()
-    );
-    ip("link set lo up");
-}
-
-fn ip(arguments: &str) -> String {
-    let output = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .output()
-        .expect("iproute2 is installed");
-    assert!(
-        output.status.success(),
-        "ip {arguments}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn json(arguments: &str) -> Vec<Value> {
-    let text = ip(&format!("-j {arguments}"));
-    if text.trim().is_empty() {
-        return Vec::new();
-    }
-    serde_json::from_str(&text).unwrap()
-}
-
-/// Two connected interfaces; the first stands for NSM's.
-fn veth(name: &str) {
-    ip(&format!("link add {name} up type veth peer name {name}-p"));
-    ip(&format!("link set {name}-p up"));
-}
-
-fn name(text: &str) -> IfName {
-    IfName::parse(text).unwrap()
-}
-
-fn addresses<const N: usize>(texts: [&str; N]) -> BTreeSet<IpAddr> {
-    texts.iter().map(|text| text.parse().unwrap()).collect()
-}
+use crate::harness::{
+    MAC, bridge_addresses, enter_netns, ip, is_port, json, name, rules, table, veth,
+};
 
 fn netlink() -> Netlink {
     Netlink::new(RequestSocket::open().unwrap())
@@ -97,54 +39,6 @@ fn with_bridge(netlink: &mut Netlink) -> IfIndex {
         do_op(netlink, KernelOp::AddAddress { bridge, address }).unwrap();
     }
     bridge
-}
-
-/// The bridge's global addresses, as `ip` shows them.
-fn bridge_addresses() -> BTreeSet<String> {
-    json("address show dev bridge0 scope global")
-        .iter()
-        .flat_map(|link| link["addr_info"].as_array().cloned().unwrap_or_default())
-        .filter(|info| info["local"].is_string())
-        .map(|info| format!("{}/{}", info["local"].as_str().unwrap(), info["prefixlen"]))
-        .collect()
-}
-
-/// The table's routes as text, one a line, hops in order.
-fn table(family: &str) -> String {
-    let output = Command::new("ip")
-        .args([family, "route", "show", "table", "1"])
-        .output()
-        .unwrap();
-    // A table that never had a route does not exist.
-    String::from_utf8(output.stdout)
-        .unwrap()
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ")
-}
-
-/// `priority source protocol` of the rules to table 1.
-fn rules(family: &str) -> Vec<String> {
-    json(&format!("{family} -N -d rule show"))
-        .iter()
-        .filter(|rule| rule["table"] == "1")
-        .map(|rule| {
-            format!(
-                "{} {}{} {}",
-                rule["priority"],
-                rule["src"].as_str().unwrap(),
-                rule["srclen"]
-                    .as_u64()
-                    .map(|length| format!("/{length}"))
-                    .unwrap_or_default(),
-                rule["protocol"].as_str().unwrap_or_default()
-            )
-        })
-        .collect()
-}
-
-fn is_port(link: &str) -> bool {
-    json(&format!("link show dev {link}"))[0]["master"] == "bridge0"
 }
 
 #[test]
@@ -220,8 +114,6 @@ fn ports_are_found_by_name() {
     ip("link del nsm0");
     do_op(&mut netlink, detach).unwrap();
     assert_eq!(refused(do_op(&mut netlink, attach)).0, libc::ENODEV);
-    ip("link set nsm0-x down".replace("nsm0-x", "bridge0").as_str());
-    assert!(!netlink.snapshot().unwrap().bridge().unwrap().up);
 }
 
 #[test]
