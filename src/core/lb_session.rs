@@ -12,13 +12,18 @@
 //! again, as a refresh, which leaves the interface alone; reselect follows if
 //! that fails.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::net::IpAddr;
+mod messages;
+mod refresh;
+#[cfg(test)]
+mod tests;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::event::Event;
-use super::ids::{EndpointName, IfName, PortKey};
+use super::ids::{EndpointName, PortKey};
 use super::retry::{Backoff, Jitter};
+pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction};
+use refresh::{LEAST, refresh_after, shortest};
 
 /// Pause before a first Request is made again.
 pub const REQUEST_PAUSE: Duration = Duration::from_secs(10);
@@ -32,111 +37,6 @@ const WATCH_MOST: Duration = Duration::from_secs(30);
 /// there is none.
 const LOOKS: u32 = 3;
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
-
-/// A refresh is due after this part of the shortest life on the path.
-const REFRESH_PART: u32 = 5;
-/// No two Requests of an established connection are closer than this.
-const REFRESH_LEAST: Duration = Duration::from_secs(1);
-/// IPAM forgets leases that are not renewed for 40 minutes, and every refresh
-/// renews; so none is later than this, however long tokens live.
-const REFRESH_MOST: Duration = Duration::from_secs(600);
-/// The refresh of a path whose lives are missing or over: some clock is wrong,
-/// or a certificate has just expired.
-const REFRESH_UNKNOWN: Duration = Duration::from_secs(10);
-
-/// How a connection is requested. `C` is the connection as nsmgr last gave it,
-/// which this machine only carries.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Plan<C> {
-    /// There was none.
-    First,
-    /// As it is: its interface stays.
-    Refresh(C),
-    /// A predecessor's, as it is, since its port still carries traffic.
-    Adopt(C),
-    /// With its path, but built anew.
-    Reselect(C),
-}
-
-/// What the driver does next.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[must_use]
-pub enum SessionAction<C> {
-    /// Ask nsmgr for a connection of ours, then [`LbSession::looked`].
-    Look,
-    /// Request, then [`LbSession::answered`]. The monitor stream of all plans
-    /// but a refresh is dropped first: its events would be about our own act.
-    Request(Plan<C>),
-    /// Open a monitor stream, then [`LbSession::watching`].
-    Watch,
-    /// Drop the monitor stream, Close, then [`LbSession::closed`].
-    Close(C),
-    /// Tell `net`.
-    Report(Event),
-    /// Wait for a monitor event, the order to stop, or this moment.
-    Wait(Instant),
-    /// The session is over.
-    Done,
-}
-
-/// What nsmgr knew of our connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Looked<C> {
-    /// It knows it.
-    Found {
-        /// The connection.
-        connection: C,
-        /// It is up, and its interface is in place in this network namespace.
-        intact: bool,
-    },
-    /// It does not know it, or will not tell.
-    Absent,
-    /// It could not be asked.
-    Unreachable,
-}
-
-/// A good answer to a Request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Established<C> {
-    /// The connection.
-    pub connection: C,
-    /// The interface in this network namespace.
-    pub ifname: IfName,
-    /// The peer's addresses.
-    pub peers: BTreeSet<IpAddr>,
-    /// The time left to each path segment; `None` where it is not told, zero
-    /// where it is past.
-    pub lives: Vec<Option<Duration>>,
-}
-
-/// How a Request failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure<C> {
-    /// It was not sent: no addresses, or no connection to nsmgr.
-    NotSent,
-    /// nsmgr answered with an error.
-    Refused,
-    /// Nothing is known of its outcome: nsmgr may have a connection now.
-    Unclear,
-    /// It succeeded, but the answer cannot be used; the connection, if it can
-    /// be closed.
-    Unusable(Option<Box<C>>),
-}
-
-/// What the monitor stream says of the connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Monitored {
-    /// It is up.
-    Up,
-    /// A part of it failed.
-    Down,
-    /// nsmgr ended it.
-    Deleted,
-    /// The peer asks for a refresh.
-    RefreshRequested,
-    /// The list that starts a stream does not have it.
-    Absent,
-}
 
 #[derive(Debug)]
 enum Monitor {
@@ -281,9 +181,11 @@ impl<C: Clone> LbSession<C> {
 
     /// The outcome of [`SessionAction::Look`].
     pub fn looked(&mut self, looked: Looked<C>, now: Instant) {
+        let unreachable = matches!(looked, Looked::Unreachable);
         match &self.state {
             State::Looking { tries, .. } => {
                 let tries = *tries + 1;
+                self.unclear &= unreachable;
                 self.state = match looked {
                     Looked::Found { connection, intact } => State::Opening {
                         at: now,
@@ -302,7 +204,6 @@ impl<C: Clone> LbSession<C> {
                         plan: Plan::First,
                     },
                 };
-                self.unclear = false;
             }
             State::EndingUnclear => {
                 self.state = match looked {
@@ -344,6 +245,7 @@ impl<C: Clone> LbSession<C> {
             requested_at: now,
         });
         self.heal.reset();
+        self.unclear = false;
         self.told = true;
         self.reports.push_back(Event::PortExpected {
             key: self.key.clone(),
@@ -481,7 +383,10 @@ impl<C: Clone> LbSession<C> {
                     Plan::Refresh(connection) | Plan::Adopt(connection) | Plan::Reselect(connection),
                 ..
             } => State::Ending { connection },
-            State::Looking { .. } if unclear => State::EndingUnclear,
+            State::Looking { .. }
+            | State::Opening {
+                plan: Plan::First, ..
+            } if unclear => State::EndingUnclear,
             State::EndingUnclear => State::EndingUnclear,
             State::Looking { .. }
             | State::Opening {
@@ -519,33 +424,6 @@ impl<C: Clone> Up<C> {
 
     /// When the next Request may be made at the earliest.
     fn soonest(&self, now: Instant) -> Instant {
-        now.max(self.requested_at + REFRESH_LEAST)
-    }
-}
-
-/// The shortest life that is told and not over.
-fn shortest(lives: &[Option<Duration>]) -> Option<Duration> {
-    lives
-        .iter()
-        .flatten()
-        .filter(|life| !life.is_zero())
-        .min()
-        .copied()
-}
-
-/// When a connection with these lives of its path segments is refreshed,
-/// before jitter: after a fifth of the shortest, as NSM's client does
-/// (sdk pkg/networkservice/common/refresh), but never at once and again.
-fn refresh_after(lives: &[Option<Duration>]) -> Duration {
-    let known = shortest(lives).map_or(REFRESH_UNKNOWN, |life| {
-        (life / REFRESH_PART).clamp(REFRESH_LEAST, REFRESH_MOST)
-    });
-    let doubtful = lives
-        .iter()
-        .any(|life| life.is_none_or(|life| life.is_zero()));
-    if doubtful {
-        known.min(REFRESH_UNKNOWN)
-    } else {
-        known
+        now.max(self.requested_at + LEAST)
     }
 }
