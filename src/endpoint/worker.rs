@@ -13,7 +13,7 @@ use crate::sync::stop::Stop;
 /// all streams end. Connections, ports and leases stay.
 pub fn run(mut desk: Desk, queue: &Arc<JobQueue>, woken: &Receiver<()>, stop: &Stop) {
     loop {
-        let timer = desk.next_expiry().map_or_else(never, at);
+        let timer = desk.next_deadline().map_or_else(never, at);
         select! {
             recv(woken) -> _ => {}
             recv(timer) -> _ => {}
@@ -25,7 +25,7 @@ pub fn run(mut desk: Desk, queue: &Arc<JobQueue>, woken: &Receiver<()>, stop: &S
             }
             desk.handle(job, Now::read());
         }
-        desk.expire(Now::read());
+        desk.tick(Now::read());
     }
     queue.close();
 }

@@ -9,7 +9,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use protobuf::Message;
@@ -33,6 +33,9 @@ use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock::Now;
 
+/// Bound of IPAM's part of a Request. The caller's deadline cannot be read
+/// (grpcio only says whether it has passed), and NSM's callers use 15 s.
+const IPAM_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes of a connection that are kept: room for ten thousand VIPs with their
 /// source routes.
 const CONNECTION_MAX: u64 = 2 * 1024 * 1024;
@@ -82,6 +85,10 @@ pub struct Desk {
     parts: DeskParts,
     targets: Targets<Task, Connection>,
     asked: BTreeMap<SegmentId, Asked>,
+    /// Those of `asked` for which IPAM's queue had no room.
+    busy: Vec<SegmentId>,
+    /// When they are asked for again.
+    busy_until: Option<Instant>,
     monitors: Monitors,
     health: Vec<Publisher<HealthCheckResponse>>,
 }
@@ -97,6 +104,8 @@ enum Task {
 struct Asked {
     wanted: Wanted,
     place: Place,
+    /// Until when IPAM may answer.
+    deadline: Instant,
     call: Call,
     reply: Reply<Connection>,
 }
@@ -117,6 +126,8 @@ impl Desk {
             parts,
             targets: Targets::default(),
             asked: BTreeMap::new(),
+            busy: Vec::new(),
+            busy_until: None,
             monitors: Monitors::default(),
             health: Vec::new(),
         }
@@ -141,17 +152,28 @@ impl Desk {
         }
     }
 
-    /// Closes the connections that were not refreshed in time.
-    pub fn expire(&mut self, now: Now) {
+    /// Closes the connections that were not refreshed in time, and asks IPAM
+    /// again where its queue was full.
+    pub fn tick(&mut self, now: Now) {
+        if self.busy_until.is_some_and(|until| until <= now.mono) {
+            self.busy_until = None;
+            for id in std::mem::take(&mut self.busy) {
+                self.ask_ipam(&id);
+            }
+        }
         for id in self.targets.take_expired(now.mono) {
             self.arrive(&id, Task::Expire, now);
         }
     }
 
-    /// When [`Desk::expire`] has something to do.
+    /// When [`Desk::tick`] has something to do.
     #[must_use]
-    pub fn next_expiry(&self) -> Option<Instant> {
-        self.targets.next_expiry()
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.targets
+            .next_expiry()
+            .into_iter()
+            .chain(self.busy_until)
+            .min()
     }
 
     fn request_arrived(
@@ -217,10 +239,12 @@ impl Desk {
                         let asked = Asked {
                             wanted,
                             place,
+                            deadline: now.mono + IPAM_TIMEOUT,
                             call,
                             reply,
                         };
-                        self.ask_ipam(id, asked, now);
+                        self.asked.insert(id.clone(), asked);
+                        self.ask_ipam(id);
                         return Progress::Waits;
                     }
                     Err(error) => refuse(reply, "Request", &call, error),

@@ -24,13 +24,12 @@ use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock::Now;
 
-/// Bound of IPAM's part of a Request. The caller's deadline cannot be read
-/// (grpcio only says whether it has passed), and NSM's callers use 15 s.
-const IPAM_TIMEOUT: Duration = Duration::from_secs(15);
 /// Connections that are up or being made.
 const CONNECTIONS_MAX: usize = 4096;
 /// A connection that outlives this without refresh has a peer without clock.
 const LIFE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Pause before IPAM is asked again after its queue was full.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// Draws of an interface name before a Request is given up.
 const DRAWS: usize = 16;
 impl Desk {
@@ -97,14 +96,17 @@ impl Desk {
         Err(internal("naming an interface", &error))
     }
 
-    pub(super) fn ask_ipam(&mut self, id: &SegmentId, asked: Asked, now: Now) {
-        let lease = asked.wanted.claim.lease.clone();
+    pub(super) fn ask_ipam(&mut self, id: &SegmentId) {
+        let Some(asked) = self.asked.get(id) else {
+            return;
+        };
         let queue = Arc::clone(&self.parts.queue);
         let own = id.clone();
-        self.asked.insert(id.clone(), asked);
         let answer = move |answer| queue.push(Job::Addresses(own, answer));
-        let deadline = now.mono + IPAM_TIMEOUT;
-        self.parts.leases.acquire(lease, deadline, Box::new(answer));
+        let lease = asked.wanted.claim.lease.clone();
+        self.parts
+            .leases
+            .acquire(lease, asked.deadline, Box::new(answer));
     }
 
     pub(super) fn addresses_arrived(
@@ -118,6 +120,14 @@ impl Desk {
         };
         match answer {
             Ok(addresses) => self.complete(id, asked, &addresses, now),
+            // All targets come at once after a restart; the queue is short,
+            // but it moves fast.
+            Err(IpamError::Busy) if now.mono < asked.deadline => {
+                self.asked.insert(id.clone(), asked);
+                self.busy.push(id.clone());
+                self.busy_until.get_or_insert(now.mono + BUSY_PAUSE);
+                return;
+            }
             Err(error) => self.failed(id, asked, error::from_ipam(&error)),
         }
         self.finish(id, now);

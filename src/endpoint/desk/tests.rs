@@ -389,14 +389,34 @@ fn ipam_failing_refuses_a_first_request_and_leaves_an_old_connection() {
     let _ = (bench.facts(), bench.ipam_log());
     let outlet = bench.monitor();
     let mut again = bench.send(refresh(&up));
-    bench.ipam_answers(Err(IpamError::Busy));
-    assert_eq!(code(&mut again), Code::RESOURCE_EXHAUSTED);
+    bench.ipam_answers(Err(IpamError::Deadline("no route".to_owned())));
+    assert_eq!(code(&mut again), Code::DEADLINE_EXCEEDED);
     assert!(bench.facts().is_empty());
     assert_eq!(bench.ipam_log(), ["acquire t1"], "nothing is released");
     assert_eq!(
         kinds(&outlet),
         [(ConnectionEventType::INITIAL_STATE_TRANSFER, 1)]
     );
+}
+
+#[test]
+fn a_full_queue_of_ipam_is_waited_for() {
+    let mut bench = Bench::new();
+    let begun = bench.now.mono;
+    let mut awaited = bench.send(Bench::request_of("t1", "f1", None));
+    bench.ipam_answers(Err(IpamError::Busy));
+    assert!(answered(&mut awaited).is_none());
+    let again = bench.desk.next_deadline().unwrap();
+    assert!(again > begun && again < begun + Duration::from_secs(1));
+    assert_eq!(bench.ipam_log(), ["acquire t1"]);
+    bench.now.mono = again;
+    bench.desk.tick(bench.now);
+    assert_eq!(bench.ipam_log(), ["acquire t1"]);
+    assert_eq!(bench.desk.next_deadline(), None);
+    bench.now.mono = begun + IPAM_TIMEOUT;
+    bench.ipam_answers(Err(IpamError::Busy));
+    assert_eq!(code(&mut awaited), Code::RESOURCE_EXHAUSTED, "not for ever");
+    assert_eq!(bench.desk.next_deadline(), None);
 }
 
 #[test]
@@ -513,12 +533,12 @@ fn two_connections_of_one_target_share_its_lease() {
         new.mechanism.parameters["name"]
     );
     let _ = bench.ipam_log();
-    let _ = bench.send_close(old);
+    answered(&mut bench.send_close(old)).unwrap().unwrap();
     assert!(
         bench.ipam_log().is_empty(),
         "the other one lives on these addresses"
     );
-    let _ = bench.send_close(new);
+    answered(&mut bench.send_close(new)).unwrap().unwrap();
     assert_eq!(bench.ipam_log(), ["release t1"]);
 }
 
@@ -528,19 +548,19 @@ fn a_connection_that_is_not_refreshed_is_closed() {
     let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
     let _ = bench.facts();
     let expiry = bench.now.mono + Duration::from_secs(600);
-    assert_eq!(bench.desk.next_expiry(), Some(expiry));
+    assert_eq!(bench.desk.next_deadline(), Some(expiry));
     bench.now.mono = expiry;
     // A refresh is under way when the time comes: it counts.
     let mut late = bench.send(refresh(&up));
-    bench.desk.expire(bench.now);
-    assert_eq!(bench.desk.next_expiry(), None, "told once");
+    bench.desk.tick(bench.now);
+    assert_eq!(bench.desk.next_deadline(), None, "told once");
     bench.ipam_answers(Ok(lease(2)));
     assert!(answered(&mut late).unwrap().is_ok());
     let expiry = expiry + Duration::from_secs(600);
-    assert_eq!(bench.desk.next_expiry(), Some(expiry));
+    assert_eq!(bench.desk.next_deadline(), Some(expiry));
     let _ = (bench.facts(), bench.ipam_log());
     bench.now.mono = expiry;
-    bench.desk.expire(bench.now);
+    bench.desk.tick(bench.now);
     assert_eq!(
         bench.facts(),
         [format!("target connection {} is closed", own_id(&up))]
@@ -557,10 +577,10 @@ fn hostile_requests_are_refused_and_change_nothing() {
     }
     let rows: [(&str, Code, Change); 13] = [
         ("no connection", Code::PERMISSION_DENIED, |r| {
-            r.connection = None.into()
+            r.connection = None.into();
         }),
         ("no path", Code::PERMISSION_DENIED, |r| {
-            connection(r).path = None.into()
+            connection(r).path = None.into();
         }),
         ("no segments", Code::PERMISSION_DENIED, |r| {
             connection(r)
@@ -596,7 +616,7 @@ fn hostile_requests_are_refused_and_change_nothing() {
             );
         }),
         ("no mechanism", Code::UNKNOWN, |r| {
-            r.mechanism_preferences.clear()
+            r.mechanism_preferences.clear();
         }),
         ("oversized", Code::INVALID_ARGUMENT, |r| {
             connection(r).payload = "x".repeat(3 * 1024 * 1024);
@@ -658,7 +678,7 @@ fn a_link_without_interface() {
     let answer = bench.connect(request, 2);
     assert!(answer.mechanism.parameters.is_empty());
     assert!(bench.session.attached.lock().is_empty());
-    let _ = bench.send_close(answer);
+    answered(&mut bench.send_close(answer)).unwrap().unwrap();
     assert!(bench.facts().is_empty(), "no port was brought");
     assert_eq!(bench.ipam_log(), ["acquire t1", "release t1"]);
 }
