@@ -1,6 +1,8 @@
 //! The command line, by running the binary. `UPDATE_GOLDEN=1` rewrites the
 //! help text.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests end by panicking too")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

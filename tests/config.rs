@@ -1,6 +1,8 @@
 //! Settings: every default, every kind of wrong value, and the order of flags,
 //! environment and defaults.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests end by panicking too")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
