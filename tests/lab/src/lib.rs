@@ -43,3 +43,4 @@ pub mod tls;
 pub mod topology;
 pub mod traffic;
 pub mod veth;
+pub mod workdir;
