@@ -1,0 +1,44 @@
+//! Why an answer of nsmgr cannot be used.
+
+use std::fmt;
+
+use crate::core::family::Family;
+
+/// What is wrong with a connection that nsmgr sent. The texts are the peer's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unusable {
+    /// The connection's id is another than that of the Request.
+    Id(String),
+    /// The path does not begin with this client and this connection.
+    Path(String),
+    /// It goes to another endpoint than the one that was asked for.
+    Endpoint(String),
+    /// The mechanism is no kernel interface, or its name is none: what it is.
+    Mechanism(String),
+    /// An address cannot be read.
+    Address(String),
+    /// An address is no neighbour of the port's: outside of the node's subnet,
+    /// of a family that is not used, or the port's own.
+    ForeignAddress(String),
+    /// The peer has no address of this family.
+    NoAddress(Family),
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "the connection's id is {id:?}"),
+            Self::Path(what) => write!(f, "the path {what}"),
+            Self::Endpoint(name) => write!(f, "it is connected to endpoint {name:?}"),
+            Self::Mechanism(what) => write!(f, "the mechanism {what}"),
+            Self::Address(text) => write!(f, "{text:?} is no address"),
+            Self::ForeignAddress(text) => write!(
+                f,
+                "the peer's address {text} is no neighbour in the node's subnet"
+            ),
+            Self::NoAddress(family) => write!(f, "the peer has no {family} address"),
+        }
+    }
+}
+
+impl std::error::Error for Unusable {}
