@@ -1,0 +1,234 @@
+//! The health server, asked over its real unix socket.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests end by panicking too"
+)]
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use grpcio::Channel;
+use meridio_proxy::health::client::Probe;
+use meridio_proxy::health::server::HealthServer;
+use meridio_proxy::health::{HealthCell, SubService};
+use meridio_proxy::proto::health::health_check_response::ServingStatus;
+use meridio_proxy::proto::health::{HealthCheckRequest, HealthCheckResponse};
+use meridio_proxy::rpc::call::{self, Options};
+use meridio_proxy::rpc::env::Rpc;
+use meridio_proxy::rpc::method::{HEALTH_CHECK, HEALTH_WATCH};
+use meridio_proxy::rpc::pump::{self, Item, Pump};
+use meridio_proxy::rpc::status::{Code, RpcError};
+use meridio_proxy::sync::clock;
+use meridio_proxy::sync::stop::stop_pair;
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A directory of this test's own, removed at the end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(test: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("health-{test}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn deadline() -> Instant {
+    clock::now() + LIMIT
+}
+
+fn channel(rpc: &Rpc, path: &Path) -> Channel {
+    rpc.channel(Duration::from_millis(100))
+        .connect(&format!("unix:{}", path.display()))
+}
+
+fn request(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest {
+        service: service.to_owned(),
+        ..Default::default()
+    }
+}
+
+fn check(channel: &Channel, service: &str) -> Result<ServingStatus, RpcError> {
+    let (_stopper, stop) = stop_pair();
+    let options = Options {
+        wait_for_ready: true,
+        ..Options::with_timeout(LIMIT)
+    };
+    call::unary(channel, &HEALTH_CHECK, &request(service), &options, &stop)
+        .map(|reply| reply.message.status.unwrap())
+}
+
+fn watch(channel: &Channel, service: &str) -> Pump<HealthCheckResponse> {
+    let options = Options {
+        wait_for_ready: true,
+        ..Options::default()
+    };
+    pump::open(channel, &HEALTH_WATCH, &request(service), &options).unwrap()
+}
+
+fn next(pump: &Pump<HealthCheckResponse>) -> ServingStatus {
+    match pump.items().recv_timeout(LIMIT).unwrap() {
+        Item::Message(answer) => answer.status.unwrap(),
+        Item::Ended(end) => panic!("the stream ended: {end:?}"),
+    }
+}
+
+fn nothing_more(pump: &Pump<HealthCheckResponse>) {
+    let more = pump.items().recv_timeout(Duration::from_millis(100));
+    assert!(more.is_err(), "{more:?}");
+}
+
+#[test]
+fn check_follows_the_facts() {
+    let directory = Directory::new("check");
+    let path = directory.0.join("deeper/health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let channel = channel(&rpc, &path);
+    let serving = |service: &str| check(&channel, service).unwrap() == ServingStatus::SERVING;
+    let subs = [
+        ("IPAMCli", SubService::IpamCli),
+        ("NSPCli", SubService::NspCli),
+        ("NSMEndpoint", SubService::NsmEndpoint),
+        ("Egress", SubService::Egress),
+    ];
+    assert!(serving("") && serving("Liveness"));
+    for (name, sub) in subs {
+        assert!(!serving(name) && !serving("Readiness"), "{name}");
+        cell.set(sub, true, "test");
+        assert!(serving(name), "{name}");
+    }
+    assert!(serving("Readiness") && serving("Liveness"));
+    cell.set(SubService::NsmEndpoint, false, "test");
+    assert!(!serving("Readiness") && !serving("Liveness") && !serving("NSMEndpoint"));
+    assert!(serving("") && serving("Egress"));
+    cell.set(SubService::NsmEndpoint, true, "test");
+    cell.stopping();
+    assert!(!serving("Readiness") && !serving("Liveness"));
+    assert!(serving("NSMEndpoint"));
+
+    for unknown in [
+        "Startup",
+        "readiness",
+        "x".repeat(100_000).as_str(),
+        "\n\u{1b}[0m",
+    ] {
+        let error = check(&channel, unknown).unwrap_err();
+        assert_eq!(error.code(), Some(Code::NOT_FOUND), "{error}");
+        assert!(error.to_string().len() < 400);
+    }
+    assert!(server.stop(deadline()));
+    assert!(!path.exists());
+}
+
+#[test]
+fn watch_tells_the_status_and_each_change() {
+    let directory = Directory::new("watch");
+    let path = directory.0.join("health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let channel = channel(&rpc, &path);
+    let egress = watch(&channel, "Egress");
+    let unknown = watch(&channel, "Startup");
+    assert_eq!(next(&egress), ServingStatus::NOT_SERVING);
+    assert_eq!(next(&unknown), ServingStatus::SERVICE_UNKNOWN);
+    cell.set(SubService::Egress, true, "test");
+    assert_eq!(next(&egress), ServingStatus::SERVING);
+    // Neither another service's change nor the same fact again is told.
+    cell.set(SubService::IpamCli, true, "test");
+    cell.set(SubService::Egress, true, "again");
+    nothing_more(&egress);
+    cell.set(SubService::Egress, false, "test");
+    assert_eq!(next(&egress), ServingStatus::NOT_SERVING);
+    nothing_more(&unknown);
+    assert!(server.stop(deadline()));
+    let end = egress.items().recv_timeout(LIMIT).unwrap();
+    assert!(matches!(end, Item::Ended(Err(_))), "{end:?}");
+}
+
+#[test]
+fn watches_are_bounded_and_given_back() {
+    let directory = Directory::new("bound");
+    let path = directory.0.join("health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let channel = channel(&rpc, &path);
+    let mut open: Vec<_> = (0..64).map(|_| watch(&channel, "")).collect();
+    for pump in &open {
+        assert_eq!(next(pump), ServingStatus::SERVING);
+    }
+    let refused = watch(&channel, "");
+    match refused.items().recv_timeout(LIMIT).unwrap() {
+        Item::Ended(Err(pump::StreamError::Rpc(error))) => {
+            assert_eq!(error.code(), Some(Code::RESOURCE_EXHAUSTED));
+        }
+        other => panic!("{other:?}"),
+    }
+    // A stream that its client cancels makes room, without any change of the
+    // facts; the server hears of it a moment later.
+    drop(open.pop());
+    let until = deadline();
+    loop {
+        let again = watch(&channel, "");
+        match again.items().recv_timeout(LIMIT).unwrap() {
+            Item::Message(_) => break,
+            Item::Ended(_) => assert!(clock::now() < until, "no room came"),
+        }
+    }
+    assert!(server.stop(deadline()));
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_file_is_not() {
+    let directory = Directory::new("stale");
+    let path = directory.0.join("health.sock");
+    drop(UnixListener::bind(&path).unwrap());
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    assert_eq!(
+        check(&channel(&rpc, &path), "").unwrap(),
+        ServingStatus::SERVING
+    );
+    assert!(server.stop(deadline()));
+
+    std::fs::write(&path, "precious").unwrap();
+    let error = HealthServer::start(&rpc, &path, &cell)
+        .map(drop)
+        .unwrap_err();
+    assert!(error.to_string().contains("is no socket"), "{error}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+#[test]
+fn the_probe_of_the_deployment_is_answered() {
+    let directory = Directory::new("probe");
+    let path = directory.0.join("health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let probe = |service: &str| {
+        let args = [
+            format!("-addr=unix://{}", path.display()),
+            format!("-service={service}"),
+            "-connect-timeout=5s".to_owned(),
+            "-rpc-timeout=5s".to_owned(),
+        ];
+        let probe = Probe::parse(args.into_iter().map(Into::into)).unwrap();
+        probe.run().map_err(|error| error.exit_status())
+    };
+    assert_eq!(probe(""), Ok(()));
+    assert_eq!(probe("Liveness"), Ok(()));
+    assert_eq!(probe("Readiness"), Err(4));
+    assert_eq!(probe("Startup"), Err(3));
+    assert!(server.stop(deadline()));
+}
