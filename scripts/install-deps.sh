@@ -16,6 +16,7 @@ need cmake cmake
 need pkg-config pkg-config
 need ip iproute2
 need unshare util-linux
+need nft nftables
 if command -v pkg-config >/dev/null 2>&1; then
 	pkg-config --exists openssl || missing="$missing libssl-dev"
 else

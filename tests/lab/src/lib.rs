@@ -17,14 +17,17 @@
 )]
 
 pub mod agent;
+pub mod burst;
 pub mod client;
 pub mod datapath;
+pub mod echo;
 pub mod forwarder;
 pub mod ipam;
 pub mod lb;
 pub mod link;
 pub mod monitor;
 pub mod netns;
+pub mod nft;
 pub mod nsmgr;
 pub mod nsp;
 pub mod path;
@@ -32,8 +35,12 @@ pub mod pki;
 pub mod policy;
 pub mod process;
 pub mod registry;
+pub mod router;
+pub mod sock;
+pub mod spread;
 pub mod target;
 pub mod tls;
 pub mod topology;
 pub mod traffic;
 pub mod veth;
+pub mod workdir;
