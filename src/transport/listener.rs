@@ -14,14 +14,17 @@ use super::dial;
 use super::error::ServerError;
 use super::fd_socket::Socket;
 
+/// Device and inode.
+type FileId = (u64, u64);
+
 /// A non-blocking listening socket. Dropping it removes the file of a unix
 /// socket, unless somebody has replaced it.
 pub(super) enum Listener {
     Unix {
         listener: UnixListener,
         path: PathBuf,
-        /// Device and inode of the file that was made.
-        file: (u64, u64),
+        /// The file that was made.
+        file: FileId,
     },
     Tcp(TcpListener),
 }
@@ -43,8 +46,8 @@ impl Listener {
         }
     }
 
-    /// The listener with device and inode of its file, or what failed.
-    fn make(path: &Path) -> Result<(UnixListener, (u64, u64)), (&'static str, io::Error)> {
+    /// The listener with its file, or what failed.
+    fn make(path: &Path) -> Result<(UnixListener, FileId), (&'static str, io::Error)> {
         let during = |what| move |error| (what, error);
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(during("making the directory"))?;
@@ -97,8 +100,8 @@ impl Drop for Listener {
         let Self::Unix { path, file, .. } = self else {
             return;
         };
-        let still_ours = fs::symlink_metadata(&*path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == (file.0, file.1));
+        let still_ours =
+            fs::symlink_metadata(&*path).is_ok_and(|found| (found.dev(), found.ino()) == *file);
         if still_ours && let Err(error) = fs::remove_file(&*path) {
             warn!("removing unix:{}: {error}", path.display());
         }
