@@ -306,19 +306,19 @@ impl Dataplane {
         if prefix.ip() == address || observed.is_local(address) {
             return Err(HopRefusal::Own);
         }
-        let no_host = match family {
-            Family::V4 => {
-                prefix.prefix() <= 30
-                    && (address == prefix.network() || address == prefix.broadcast())
-            }
-            // RFC 4291 2.6.1: the subnet-router anycast address, which is
-            // local to every forwarding node, this one included.
-            Family::V6 => prefix.prefix() < 127 && address == prefix.network(),
-        };
-        if no_host {
-            return Err(HopRefusal::NoHost(prefix));
+        // Judged by the subnets that the bridge still has, too: while its
+        // address changes it has two.
+        let seen = observed
+            .bridge()
+            .into_iter()
+            .flat_map(|bridge| observed.addresses_of(bridge.index, family));
+        match seen
+            .chain([&prefix])
+            .find(|prefix| is_no_host(address, **prefix))
+        {
+            Some(prefix) => Err(HopRefusal::NoHost(*prefix)),
+            None => Ok(true),
         }
-        Ok(true)
     }
 
     fn rule_sources(
@@ -364,6 +364,18 @@ impl Dataplane {
 /// The bridge itself and the loopback cannot be ports, whoever says so.
 fn may_be_port(name: &IfName) -> bool {
     name.as_str() != BRIDGE && name.as_str() != "lo"
+}
+
+/// Whether the address stands for the subnet and not for a host in it.
+fn is_no_host(address: IpAddr, prefix: IpNetwork) -> bool {
+    match prefix {
+        IpNetwork::V4(_) => {
+            prefix.prefix() <= 30 && (address == prefix.network() || address == prefix.broadcast())
+        }
+        // RFC 4291 2.6.1: the subnet-router anycast address, which is local to
+        // every forwarding node, this one included.
+        IpNetwork::V6(_) => prefix.prefix() < 127 && address == prefix.network(),
+    }
 }
 
 /// The first of `own` that `vip` (masked) covers.
