@@ -40,7 +40,8 @@ pub struct Dataplane {
     released: BTreeMap<IfName, Option<IfIndex>>,
     /// Interfaces that the kernel did not take as ports.
     not_attached: BTreeSet<IfName>,
-    /// Peers told newly, whose neighbour entries may be a predecessor's.
+    /// Peers that a known connection has got since, whose neighbour entries may
+    /// be of who had the address before.
     stale: BTreeSet<IpAddr>,
     /// Families whose next hops are known to us; the route of another is left
     /// as a predecessor left it.
@@ -104,12 +105,11 @@ impl Dataplane {
         };
         self.released.remove(&port.ifname);
         let old = self.ports.insert(key, port.clone());
-        let known = old.as_ref().map(|old| &old.peers);
-        self.stale.extend(
-            port.peers
-                .iter()
-                .filter(|peer| known.is_none_or(|known| !known.contains(peer))),
-        );
+        // Peers of a new port are forgotten when it is attached; one that is
+        // attached already was a predecessor's, and so are its neighbours.
+        if let Some(old) = &old {
+            self.stale.extend(port.peers.difference(&old.peers));
+        }
         match old {
             Some(old) if old.ifname != port.ifname => self.release(old),
             _ => self.forget_strangers(),
@@ -229,7 +229,7 @@ impl Dataplane {
                 .or_insert_with(|| PortIntent::Attach {
                     peers: BTreeSet::new(),
                 }) {
-                PortIntent::Attach { peers } => peers.extend(&port.peers),
+                PortIntent::Attach { peers } => peers.extend(self.neighbours(port)),
                 PortIntent::Detach => {}
             }
         }
@@ -346,17 +346,22 @@ impl Dataplane {
         Some(sources)
     }
 
+    /// The peers of a port that can be neighbours on the bridge. A target's
+    /// may have VIPs among them.
+    fn neighbours<'a>(&'a self, port: &'a Port) -> impl Iterator<Item = IpAddr> + 'a {
+        port.peers.iter().copied().filter(|peer| {
+            self.prefixes
+                .get((*peer).into())
+                .is_some_and(|prefix| prefix.contains(*peer))
+        })
+    }
+
     fn neighbours_to_forget(&self, observed: &Observed) -> BTreeSet<IpAddr> {
-        let behind_a_link: BTreeSet<&IpAddr> = self
-            .ports
+        self.ports
             .values()
-            .filter(|port| observed.named(&port.ifname).is_some())
-            .flat_map(|port| &port.peers)
-            .collect();
-        self.stale
-            .iter()
-            .filter(|peer| behind_a_link.contains(peer))
-            .copied()
+            .filter(|port| may_be_port(&port.ifname) && observed.named(&port.ifname).is_some())
+            .flat_map(|port| self.neighbours(port))
+            .filter(|peer| self.stale.contains(peer))
             .collect()
     }
 }
