@@ -114,7 +114,7 @@ impl Netlink {
         ops.iter()
             .zip(&sequences)
             .map(|(op, sequence)| match (refusals.remove(sequence), &sent) {
-                (Some(error), _) => tolerate(op, error),
+                (Some(error), _) => error.unless_fulfilled(op),
                 (None, Ok(())) => Ok(()),
                 (None, Err(error)) => Err(OpError::Unknown(error.to_string())),
             })
@@ -172,26 +172,4 @@ fn size_bound(op: &KernelOp) -> usize {
         KernelOp::ReplaceRoute { hops, .. } => 128 + 32 * hops.len(),
         _ => 256,
     }
-}
-
-/// Refusals that say that the wish is fulfilled already.
-fn tolerate(op: &KernelOp, error: OpError) -> Result<(), OpError> {
-    let OpError::Refused { errno, .. } = &error else {
-        return Err(error);
-    };
-    let fulfilled = match op {
-        KernelOp::CreateBridge { .. } | KernelOp::AddAddress { .. } => *errno == libc::EEXIST,
-        KernelOp::RemoveAddress { .. } => [libc::EADDRNOTAVAIL, libc::ENODEV].contains(errno),
-        KernelOp::Detach { .. } => *errno == libc::ENODEV,
-        KernelOp::ForgetNeighbour { .. } => [libc::ENOENT, libc::ENODEV].contains(errno),
-        KernelOp::DeleteRoute { .. } | KernelOp::DeleteRule(_) => {
-            [libc::ENOENT, libc::ESRCH].contains(errno)
-        }
-        KernelOp::BridgeUp { .. }
-        | KernelOp::Attach { .. }
-        | KernelOp::Unreachable { .. }
-        | KernelOp::ReplaceRoute { .. }
-        | KernelOp::AddRule { .. } => false,
-    };
-    if fulfilled { Ok(()) } else { Err(error) }
 }
