@@ -177,14 +177,14 @@ impl Nsmgr for FakeNsmgr {
 #[derive(Clone)]
 struct FakeIpam {
     released: Sender<LeaseId>,
-    acquired: Arc<Mutex<Vec<LeaseId>>>,
+    acquired: Sender<LeaseId>,
     /// What acquiring answers from now on.
     answer: Arc<Mutex<Result<Addresses, IpamError>>>,
 }
 
 impl Leases for FakeIpam {
     fn acquire(&self, id: LeaseId, _: Instant, _: &Stop) -> Result<Addresses, IpamError> {
-        self.acquired.lock().push(id);
+        self.acquired.send(id).unwrap();
         self.answer.lock().clone()
     }
 
@@ -212,7 +212,7 @@ impl<T> Feed<T> {
         self.items.send(Item::Message(message)).unwrap();
     }
 
-    fn end(self, how: Result<(), StreamError>) {
+    fn end(&self, how: Result<(), StreamError>) {
         self.items.send(Item::Ended(how)).unwrap();
     }
 
@@ -229,6 +229,7 @@ struct World {
     mesh: LbMesh,
     facts: Receiver<NetMsg>,
     released: Receiver<LeaseId>,
+    acquired: Receiver<LeaseId>,
     ipam: FakeIpam,
     registry: Feed<NetworkServiceEndpointResponse>,
 }
@@ -241,9 +242,10 @@ fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool)
     let (call_tx, calls) = bounded(64);
     let (fact_tx, facts) = bounded(64);
     let (release_tx, released) = bounded(64);
+    let (acquire_tx, acquired) = bounded(64);
     let ipam = FakeIpam {
         released: release_tx,
-        acquired: Arc::default(),
+        acquired: acquire_tx,
         answer: Arc::new(Mutex::new(Ok(addresses()))),
     };
     let options = LbOptions {
@@ -268,6 +270,7 @@ fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool)
         calls,
         facts,
         released,
+        acquired,
         ipam,
         registry,
     }
@@ -363,6 +366,7 @@ impl World {
             calls,
             facts,
             released,
+            acquired,
             ipam,
             registry,
         } = self;
@@ -372,6 +376,7 @@ impl World {
             calls,
             facts,
             released,
+            _acquired: acquired,
             _ipam: ipam,
             _registry: registry,
         };
@@ -384,6 +389,7 @@ struct Rest {
     calls: Receiver<Call>,
     facts: Receiver<NetMsg>,
     released: Receiver<LeaseId>,
+    _acquired: Receiver<LeaseId>,
     _ipam: FakeIpam,
     _registry: Feed<NetworkServiceEndpointResponse>,
 }
@@ -441,7 +447,8 @@ fn an_lb_is_connected_and_closed_when_the_mesh_stops() {
     let world = world();
     let (connection, watch) = world.connects("lb-1");
     assert_eq!(connection.id, id("lb-1"));
-    assert_eq!(*world.ipam.acquired.lock(), [LeaseId::new(id("lb-1"))]);
+    assert_eq!(world.acquired.try_recv(), Ok(LeaseId::new(id("lb-1"))));
+    assert!(world.acquired.is_empty(), "once for a Request");
 
     let (stopped, rest) = world.stopping(PATIENCE);
     watch.expect_dropped();
@@ -591,7 +598,7 @@ fn the_end_of_a_stream_changes_nothing_and_foreign_events_neither() {
     let refreshed = answer(&request);
     reply.send(Ok(refreshed.clone())).unwrap();
     world.expect_port("lb-1", &refreshed);
-    assert_eq!(world.ipam.acquired.lock().len(), 2, "every refresh renews");
+    assert_eq!(world.acquired.len(), 2, "every refresh renews");
 }
 
 #[test]
@@ -738,36 +745,22 @@ fn an_lb_that_returns_waits_for_the_close_of_the_old_connection() {
 
 #[test]
 fn the_registrys_stream_is_opened_again_and_lbs_stay() {
-    let World {
-        mesh,
-        calls,
-        facts,
-        released,
-        ipam,
-        registry,
-    } = world();
-    let world = World {
-        registry: {
-            registry.end(Ok(()));
-            find(&calls, true)
-        },
-        mesh,
-        calls,
-        facts,
-        released,
-        ipam,
-    };
+    let mut world = world();
+    world.registry.end(Ok(()));
+    world.registry = find(&world.calls, true);
     let (_, watch) = world.connects("lb-1");
-    let World {
-        calls, registry, ..
-    } = &world;
-    registry
-        .items
-        .send(Item::Ended(Err(StreamError::Lagged)))
-        .unwrap();
-    let again = find(calls, true);
-    again.message(endpoint("lb-1", false));
-    again.message(endpoint("evil\nname", false));
-    again.message(NetworkServiceEndpointResponse::default());
-    assert!(watch.dropped.is_empty() && world.facts.try_recv().is_err());
+    world.registry.end(Err(StreamError::Lagged));
+    world.registry = find(&world.calls, true);
+    world.registers("lb-1");
+    world.registers("evil\nname");
+    world
+        .registry
+        .message(NetworkServiceEndpointResponse::default());
+    // Another LB shows that all this has been read.
+    let (_, _other) = world.connects("lb-2");
+    assert_eq!(
+        watch.dropped.try_recv(),
+        Err(crossbeam_channel::TryRecvError::Empty)
+    );
+    assert!(world.facts.is_empty());
 }
