@@ -14,11 +14,12 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use super::client::{Leases, Nsmgr, Stream};
 use super::convert::Template;
 use super::netns::Netns;
-use super::{LbMesh, LbOptions};
+use super::{LbMesh, LbOptions, Surroundings};
 use crate::core::event::Event;
 use crate::core::family::{IpFamilies, PerFamily};
 use crate::core::ids::{EndpointName, IfName, LeaseId, PortKey};
 use crate::core::lease::{Addresses, Lease};
+use crate::core::mesh;
 use crate::ipam::IpamError;
 use crate::kernel::{NetHandle, NetMsg};
 use crate::proto::connection::{
@@ -235,10 +236,20 @@ struct World {
 }
 
 fn world() -> World {
-    world_with(Duration::from_secs(15), |_, _| false)
+    world_with(Surroundings {
+        is_in_place: |_, _| false,
+        begun: clock::now(),
+    })
 }
 
-fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool) -> World {
+fn world_in_place(is_in_place: fn(&IfName, &str) -> bool) -> World {
+    world_with(Surroundings {
+        is_in_place,
+        begun: clock::now(),
+    })
+}
+
+fn world_with(surroundings: Surroundings) -> World {
     let (call_tx, calls) = bounded(64);
     let (fact_tx, facts) = bounded(64);
     let (release_tx, released) = bounded(64);
@@ -251,7 +262,7 @@ fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool)
     let options = LbOptions {
         name: CLIENT.to_owned(),
         network_service: SERVICE.to_owned(),
-        request_timeout,
+        request_timeout: Duration::from_secs(15),
         mtu: 1500,
         families: IpFamilies::Dual,
     };
@@ -261,7 +272,7 @@ fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool)
         ipam.clone(),
         NetHandle::new(fact_tx),
         options,
-        is_in_place,
+        surroundings,
     )
     .unwrap();
     let registry = find(&calls, true);
@@ -648,9 +659,7 @@ fn predecessors() -> Connection {
 
 #[test]
 fn a_predecessors_port_that_is_in_place_is_taken_over() {
-    let world = world_with(Duration::from_secs(15), |name, of| {
-        name.as_str() == "load-balan-old0" && of == id("lb-1")
-    });
+    let world = world_in_place(|name, of| name.as_str() == "load-balan-old0" && of == id("lb-1"));
     let old = predecessors();
     world.registers("lb-1");
     world.monitor("lb-1", &[shown(&old, State::UP)]);
@@ -694,7 +703,7 @@ fn a_predecessors_port_is_rebuilt_if_anything_differs() {
     ];
     for (in_place, prepare, why) in cases {
         let world = if in_place {
-            world_with(Duration::from_secs(15), |_, _| true)
+            world_in_place(|_, _| true)
         } else {
             world()
         };
@@ -762,5 +771,36 @@ fn the_registrys_stream_is_opened_again_and_lbs_stay() {
         watch.dropped.try_recv(),
         Err(crossbeam_channel::TryRecvError::Empty)
     );
+    assert!(world.facts.is_empty());
+}
+
+#[test]
+fn the_registry_is_asked_for_the_full_list_too() {
+    let mut world = world_with(Surroundings {
+        is_in_place: |_, _| false,
+        // Long enough ago for the first list to be due.
+        begun: clock::now().checked_sub(mesh::LIST_INTERVAL).unwrap(),
+    });
+    let list = find(&world.calls, false);
+    list.message(endpoint("lb-1", false));
+    world.monitor("lb-1", &[]);
+    let (_, _reply) = world.request();
+    list.end(Ok(()));
+    list.expect_dropped();
+    // The watch goes on.
+    world.registry.end(Ok(()));
+    world.registry = find(&world.calls, true);
+}
+
+#[test]
+fn the_end_of_a_connection_that_a_lost_answer_left_is_not_ours() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    let mut orphan = shown(&connection, State::UP);
+    orphan.path.mut_or_insert_default().path_segments[1].id = "orphan".to_owned();
+    watch.message(event(ConnectionEventType::DELETE, &[orphan]));
+    watch.message(update(&connection, State::REFRESH_REQUESTED));
+    let (request, _reply) = world.request();
+    assert_eq!(request.connection.state, State::UP.into());
     assert!(world.facts.is_empty());
 }
