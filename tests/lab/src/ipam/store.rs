@@ -83,10 +83,14 @@ impl Store {
         }
         let taken = self
             .children
-            .range(Key { child: String::new(), ..key.clone() }..)
+            .range(
+                Key {
+                    child: String::new(),
+                    ..key.clone()
+                }..,
+            )
             .take_while(|(other, _)| {
-                (other.family, &other.conduit, &other.node)
-                    == (key.family, &key.conduit, &key.node)
+                (other.family, &other.conduit, &other.node) == (key.family, &key.conduit, &key.node)
             })
             .map(|(_, network)| number(network.ip()))
             .collect();
@@ -261,11 +265,21 @@ mod tests {
     fn refusals() {
         let mut store = store();
         let mut other = child("n1", "a", IPFamily::IPV4);
-        other.subnet.as_mut().unwrap().conduit.as_mut().unwrap().name = "later".to_owned();
+        other
+            .subnet
+            .as_mut()
+            .unwrap()
+            .conduit
+            .as_mut()
+            .unwrap()
+            .name = "later".to_owned();
         assert_eq!(store.allocate(&other), Err(Refusal::Wait));
         store.release(&other);
         store.add_conduit("later");
-        assert_eq!(store.allocate(&other).unwrap().to_string(), "172.16.16.1/24");
+        assert_eq!(
+            store.allocate(&other).unwrap().to_string(),
+            "172.16.16.1/24"
+        );
         for bad in [
             Child::default(),
             {
