@@ -26,7 +26,7 @@ use meridio_proxy::core::family::{IpFamilies, PerFamily};
 use meridio_proxy::core::ids::LeaseId;
 use meridio_proxy::core::lease::{Addresses, Lease};
 use meridio_proxy::endpoint::{Endpoint, EndpointOptions, Leases};
-use meridio_proxy::ipam::Answer;
+use meridio_proxy::ipam::{Answer, IpamError};
 use meridio_proxy::kernel::{NetHandle, NetMsg};
 use meridio_proxy::nsm::caller::NsmCaller;
 use meridio_proxy::proto::connection::{
@@ -760,6 +760,53 @@ fn the_end_answers_what_waits_and_ends_streams_in_order() {
         world.ipam.released.lock().is_empty(),
         "leases of targets stay"
     );
+}
+
+#[test]
+fn requests_are_bounded_and_a_close_is_never_refused() {
+    let world = World::new(|_| {});
+    world.ipam.silent.store(true, Ordering::Relaxed);
+    // A connection carries 256 streams at a time.
+    let forwarders: Vec<Forwarder> = (0..5).map(|_| world.forwarder()).collect();
+    let (tx, rx) = bounded(2000);
+    let mut guards = Vec::new();
+    for (n, forwarder) in forwarders.iter().enumerate() {
+        let options = forwarder.options(&forwarder.cell);
+        let connection = forwarder
+            .connector
+            .acquire(soon(), &forwarder.stop)
+            .unwrap();
+        let request = forwarder.first_request(&format!("t{n}"));
+        for _ in 0..220 {
+            let tx = tx.clone();
+            let channel = connection.channel();
+            guards.push(call::start(
+                channel,
+                &method::REQUEST,
+                &request,
+                &options,
+                move |result| {
+                    let _ = tx.send(result.map(|reply| reply.message));
+                },
+            ));
+        }
+    }
+    for _ in 0..1100 - 1024 {
+        let error = rx.recv_deadline(soon()).unwrap().unwrap_err();
+        assert_eq!(error.code(), Some(Code::RESOURCE_EXHAUSTED), "{error}");
+    }
+    let other = world.forwarder();
+    other.close(&other.first_request("t").connection).unwrap();
+    assert!(rx.is_empty(), "the others wait");
+    for answer in std::mem::take(&mut *world.ipam.withheld.lock()) {
+        answer(Err(IpamError::Stopped));
+    }
+    for _ in 0..1024 {
+        let error = rx.recv_deadline(soon()).unwrap().unwrap_err();
+        assert_eq!(error.code(), Some(Code::UNAVAILABLE), "{error}");
+    }
+    world.ipam.silent.store(false, Ordering::Relaxed);
+    other.request(&other.first_request("t")).unwrap();
 }
 
 #[test]

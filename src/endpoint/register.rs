@@ -123,7 +123,10 @@ impl Registrar {
         match item {
             None => {}
             Some(Ok(Item::Message(event))) => self.own_entry(&event),
-            Some(Ok(Item::Ended(Err(StreamError::Lagged)))) => self.watch = None,
+            Some(Ok(Item::Ended(Err(StreamError::Lagged)))) => {
+                self.watch = None;
+                self.open_watch(leave);
+            }
             Some(Ok(Item::Ended(ended))) => {
                 let why = ended.map_or_else(|error| error.to_string(), |()| "ended".to_owned());
                 info!("the watch of the own registry entry is lost ({why}): registering anew");
@@ -336,6 +339,10 @@ impl Registrar {
             }
             return Outcome::Done;
         };
+        if *error == RpcError::Cancelled {
+            // By ourselves, to stop.
+            return Outcome::Failed;
+        }
         let text = error.to_string();
         if self.trouble.as_ref() != Some(&text) {
             warn!("{what} failed and is tried again: {text}");
