@@ -50,9 +50,10 @@ pub struct Entry {
 
 /// How the thread is told to leave the registry, and tells that it did.
 pub struct Leaving {
-    /// Set when the endpoint shall be unregistered.
+    /// Set when nothing shall be registered any more; ends running calls.
     pub leave: Stop,
-    /// Until when that is tried; there before `leave` is set.
+    /// If the endpoint shall be unregistered, until when that is tried; there
+    /// before `leave` is set.
     pub by: Receiver<Instant>,
     /// Dropped when it is done, or given up.
     pub left: Sender<Infallible>,
@@ -86,18 +87,18 @@ impl Registrar {
     /// Runs until stopped.
     pub fn run(mut self, leaving: Leaving, stop: &Stop) {
         let Leaving { leave, by, left } = leaving;
-        if self.keep(&leave, stop) {
-            self.watch = None;
-            let deadline = by.try_recv().unwrap_or_else(|_| clock::now());
+        self.keep(&leave, stop);
+        self.watch = None;
+        if let Ok(deadline) = by.try_recv() {
             self.unregister(deadline, stop);
-            drop(left);
         }
+        drop(left);
         // Ending without being stopped would count as a failure.
         let _ = stop.receiver().recv();
     }
 
-    /// Keeps the endpoint registered; true when it shall be unregistered.
-    fn keep(&mut self, leave: &Stop, stop: &Stop) -> bool {
+    /// Keeps the endpoint registered.
+    fn keep(&mut self, leave: &Stop, stop: &Stop) {
         while !leave.is_set() && !stop.is_set() {
             match self.machine.next(clock::now()) {
                 Step::RegisterService => self.register_service(leave),
@@ -105,10 +106,9 @@ impl Registrar {
                 Step::RegisterEndpoint => self.register_endpoint(leave),
                 Step::Wait(until) => self.wait(until, leave, stop),
                 // Only after `leave`.
-                Step::Unregister | Step::Done => return true,
+                Step::Unregister | Step::Done => return,
             }
         }
-        leave.is_set()
     }
 
     fn wait(&mut self, until: Instant, leave: &Stop, stop: &Stop) {
@@ -123,7 +123,10 @@ impl Registrar {
         match item {
             None => {}
             Some(Ok(Item::Message(event))) => self.own_entry(&event),
-            Some(Ok(Item::Ended(Err(StreamError::Lagged)))) => self.watch = None,
+            Some(Ok(Item::Ended(Err(StreamError::Lagged)))) => {
+                self.watch = None;
+                self.open_watch(leave);
+            }
             Some(Ok(Item::Ended(ended))) => {
                 let why = ended.map_or_else(|error| error.to_string(), |()| "ended".to_owned());
                 info!("the watch of the own registry entry is lost ({why}): registering anew");
@@ -336,6 +339,10 @@ impl Registrar {
             }
             return Outcome::Done;
         };
+        if *error == RpcError::Cancelled {
+            // By ourselves, to stop.
+            return Outcome::Failed;
+        }
         let text = error.to_string();
         if self.trouble.as_ref() != Some(&text) {
             warn!("{what} failed and is tried again: {text}");

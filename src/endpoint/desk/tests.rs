@@ -609,11 +609,10 @@ fn hostile_requests_are_refused_and_change_nothing() {
             parameters.insert("name".to_owned(), "bridge0".to_owned());
         }),
         ("interface of another", Code::ALREADY_EXISTS, |r| {
-            let parameters = &mut r.mechanism_preferences[0].parameters;
-            parameters.insert(
-                "name".to_owned(),
-                "proxy.c.t.-taken".to_owned()[..15].to_owned(),
-            );
+            let mut mechanism = r.mechanism_preferences.remove(0);
+            let name = "proxy.c.t.-take".to_owned();
+            mechanism.parameters.insert("name".to_owned(), name);
+            connection(r).mechanism = Some(mechanism).into();
         }),
         ("no mechanism", Code::UNKNOWN, |r| {
             r.mechanism_preferences.clear();
@@ -624,7 +623,7 @@ fn hostile_requests_are_refused_and_change_nothing() {
         ("garbage for an address", Code::INVALID_ARGUMENT, |r| {
             let context = connection(r).context.mut_or_insert_default();
             let ip = context.ip_context.mut_or_insert_default();
-            ip.src_ip_addrs.push("rubbish".to_owned());
+            ip.src_ip_addrs.push("é".repeat(100_000));
         }),
         ("address of no used family", Code::INVALID_ARGUMENT, |r| {
             let context = connection(r).context.mut_or_insert_default();
@@ -647,7 +646,9 @@ fn hostile_requests_are_refused_and_change_nothing() {
         if !bench.ipam.0.lock().owed.is_empty() {
             bench.ipam_answers(Ok(lease(2)));
         }
-        assert_eq!(code(&mut awaited), expected, "{what}");
+        let error = answered(&mut awaited).unwrap().unwrap_err();
+        assert_eq!(error.code(), Some(expected), "{what}: {error}");
+        assert!(error.to_string().len() < 2 * ERROR_MAX, "{what}");
         assert!(bench.facts().is_empty(), "{what}");
         assert_eq!(bench.desk.targets.len(), 1, "{what}");
     }
@@ -668,6 +669,40 @@ fn hostile_requests_are_refused_and_change_nothing() {
         .desk
         .handle(Job::Request(request, call, reply), bench.now);
     assert_eq!(code(&mut awaited), Code::UNKNOWN);
+}
+
+#[test]
+fn a_preferred_name_is_taken_if_it_is_free() {
+    let mut bench = Bench::new();
+    let mut names = Vec::new();
+    for target in ["t1", "t2"] {
+        let mut request = Bench::request_of(target, target, None);
+        let parameters = &mut request.mechanism_preferences[0].parameters;
+        parameters.insert("name".to_owned(), "nsm-0".to_owned());
+        let answer = bench.connect(request, 2);
+        names.push(answer.mechanism.parameters["name"].clone());
+    }
+    assert_eq!(names[0], "nsm-0");
+    assert!(names[1].starts_with("proxy.c.t.-"), "{names:?}");
+}
+
+#[test]
+fn what_this_process_does_not_know_is_echoed() {
+    let mut bench = Bench::new();
+    let mut request = Bench::request_of("t1", "f1", None);
+    let connection = request.connection.mut_or_insert_default();
+    let unknown = connection.special_fields.mut_unknown_fields();
+    unknown.add_length_delimited(99, vec![1, 2]);
+    let path = connection.path.mut_or_insert_default();
+    let segment = &mut path.path_segments[0];
+    segment
+        .special_fields
+        .mut_unknown_fields()
+        .add_varint(77, 5);
+    let answer = bench.connect(request, 2);
+    assert!(answer.special_fields.unknown_fields().get(99).is_some());
+    let segment = &answer.path.path_segments[0];
+    assert!(segment.special_fields.unknown_fields().get(77).is_some());
 }
 
 #[test]
