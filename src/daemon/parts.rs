@@ -49,8 +49,9 @@ pub(super) struct Parts {
     probe: Option<ThreadHandle>,
 }
 
-fn failed<E: fmt::Debug>(what: &'static str) -> impl FnOnce(E) -> Cause {
-    move |error| Cause::Start(what, format!("{error:?}"))
+/// The cause of a failed start of `what`.
+fn failed<E: fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Cause {
+    move |error| Cause::Start(what, error.to_string())
 }
 
 impl Parts {
@@ -83,7 +84,7 @@ impl Parts {
     ) -> Result<(), Cause> {
         self.health_server = Some(
             HealthServer::start(&self.rpc, Path::new(HEALTH_SOCKET), &self.health)
-                .map_err(|error| Cause::Start("the health server", error.to_string()))?,
+                .map_err(failed("the health server"))?,
         );
         info!(socket = HEALTH_SOCKET; "Health server listens");
         self.identify(config, threads, control)?;
@@ -159,7 +160,7 @@ impl Parts {
             bridge_mac,
         };
         let kernel = Kernel::start(threads, options, self.health.clone())
-            .map_err(failed("the data plane"))?;
+            .map_err(|error| Cause::Start("the data plane", error.0))?;
         info!("Data plane started");
         Ok(self.kernel.insert(kernel).handle())
     }
@@ -226,7 +227,7 @@ impl Parts {
         };
         let svid = self.svid.clone();
         let endpoint = Endpoint::start(threads, &self.rpc, svid, caller, ipam, net, options)
-            .map_err(failed("the endpoint"))?;
+            .map_err(|error| Cause::Start("the endpoint", error.0))?;
         let endpoint = self.endpoint.insert(endpoint);
         let socket = endpoint.socket().display().to_string();
         info!(service = config.service_name.as_str(), socket; "Endpoint listens");
@@ -281,9 +282,10 @@ impl Parts {
         }
         let mut late = join([self.svid_watch.take()], deadline);
         late.extend(stopped(self.health_server.take(), |server| {
-            match server.stop(deadline) {
-                true => Vec::new(),
-                false => vec!["health server".to_owned()],
+            if server.stop(deadline) {
+                Vec::new()
+            } else {
+                vec!["health server".to_owned()]
             }
         }));
         late
