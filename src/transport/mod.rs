@@ -7,6 +7,16 @@
 //! needs; this way, too, its HTTP/2 code never sees a byte of a peer that was
 //! not verified.
 
+mod accept;
+mod buffer;
 pub mod client;
+mod dial;
 pub mod error;
+mod fd_socket;
+mod frames;
+mod link;
+mod listener;
+mod manager;
+mod relay;
 pub mod server;
+mod tls;
