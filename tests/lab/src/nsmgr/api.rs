@@ -166,6 +166,11 @@ impl Nsmgr {
         self.inner().notes.all()
     }
 
+    /// Waits for a refusal that contains `text`.
+    pub fn wait_refusal(&self, text: &str, deadline: Instant) -> Result<String, String> {
+        self.inner().notes.wait(text, deadline)
+    }
+
     /// The connections that nsmgr holds, as inside it.
     pub fn connections(&self) -> Vec<Connection> {
         self.inner().monitors.all()
