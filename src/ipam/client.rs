@@ -9,8 +9,6 @@ use crate::core::lease::{Failure, IpamCall, Verb};
 use crate::rpc::call::{self, CancelGuard, Options};
 use crate::rpc::method;
 use crate::rpc::status::{Code, RpcError};
-use crate::sync::clock;
-use crate::sync::stop::Stop;
 use crate::transport::client::{Connection, Connector};
 use crate::transport::error::ConnectError;
 
@@ -46,17 +44,12 @@ pub(super) struct Running {
 /// Makes the calls of one node.
 pub(super) struct Client {
     connector: Connector,
-    options: Arc<IpamOptions>,
-    stop: Stop,
+    options: IpamOptions,
 }
 
 impl Client {
-    pub(super) fn new(connector: Connector, options: Arc<IpamOptions>, stop: Stop) -> Self {
-        Self {
-            connector,
-            options,
-            stop,
-        }
+    pub(super) fn new(connector: Connector, options: IpamOptions) -> Self {
+        Self { connector, options }
     }
 
     /// The present connection; does not wait for one.
@@ -65,15 +58,12 @@ impl Client {
     ///
     /// Why there is none, in the words of gRPC.
     pub(super) fn connection(&self) -> Result<Arc<Connection>, RpcError> {
-        // A deadline that is over takes what is there.
-        self.connector
-            .acquire(clock::now(), &self.stop)
-            .map_err(|error| match error {
-                ConnectError::Deadline(why) => {
-                    RpcError::status(Code::UNAVAILABLE, format!("no connection to IPAM: {why}"))
-                }
-                ConnectError::Stopped => RpcError::Cancelled,
-            })
+        self.connector.current().map_err(|error| match error {
+            ConnectError::Deadline(why) => {
+                RpcError::status(Code::UNAVAILABLE, format!("no connection to IPAM: {why}"))
+            }
+            ConnectError::Stopped => RpcError::Cancelled,
+        })
     }
 
     /// Starts `call`; `done` runs once on gRPC's poll thread, or right here

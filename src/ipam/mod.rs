@@ -173,7 +173,7 @@ impl Ipam {
         };
         let thread = threads.spawn("ipam", STACK_SMALL, move |stop| {
             let queue = (receiver, queued);
-            Worker::new(connector, net, options, queue, stop.clone()).run(&stop);
+            Worker::new(connector, net, options, queue).run(&stop);
         })?;
         Ok(Self { handle, thread })
     }

@@ -92,7 +92,6 @@ impl Worker {
         net: NetHandle,
         options: IpamOptions,
         (commands, queued): (Receiver<Command>, Arc<AtomicUsize>),
-        stop: Stop,
     ) -> Self {
         let settings = LeaseSettings {
             families: options.families,
@@ -101,7 +100,7 @@ impl Worker {
         };
         Self {
             book: LeaseBook::new(settings, clock::now()),
-            client: Client::new(connector, Arc::new(options), stop),
+            client: Client::new(connector, options),
             net,
             commands,
             queued,

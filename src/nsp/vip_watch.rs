@@ -29,6 +29,8 @@ pub(super) struct VipWatch {
     net: NetHandle,
     trench: String,
     book: VipBook,
+    /// The present stream brought a list.
+    had_list: bool,
     /// A warning said that the VIPs cannot be followed.
     is_failing: bool,
 }
@@ -40,19 +42,25 @@ impl VipWatch {
             net,
             trench,
             book: VipBook::new(),
+            had_list: false,
             is_failing: false,
         }
     }
 
     /// Runs until `stop`.
     pub(super) fn run(mut self, stop: &Stop) {
-        while !stop.is_set() {
+        loop {
+            self.had_list = false;
             let why = self.follow(stop);
             self.book.ended();
             if stop.is_set() {
                 return;
             }
-            if !std::mem::replace(&mut self.is_failing, true) {
+            if self.had_list {
+                // Streams end with a restart of NSP or a change of the own
+                // certificate; that alone is no trouble.
+                info!("NSP's stream of VIPs ended, the next one is opened: {why}");
+            } else if !std::mem::replace(&mut self.is_failing, true) {
                 warn!("NSP does not tell the VIPs: {why}; the last ones stay, it is tried again");
             }
             if stop.wait(PAUSE) {
@@ -99,6 +107,7 @@ impl VipWatch {
     }
 
     fn received(&mut self, list: &VipResponse) {
+        self.had_list = true;
         if std::mem::take(&mut self.is_failing) {
             info!("NSP tells the VIPs again");
         }
