@@ -314,3 +314,6 @@ pub(super) fn sighting(
         deleted: response.deleted,
     })
 }
+
+#[cfg(test)]
+mod tests;

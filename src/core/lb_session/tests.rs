@@ -44,6 +44,7 @@ impl Run {
     }
 
     #[track_caller]
+    #[expect(clippy::needless_pass_by_value, reason = "a script reads better so")]
     fn expect(&mut self, action: SessionAction<u32>) {
         assert_eq!(self.next(), action);
     }
