@@ -23,7 +23,9 @@ use parking_lot::Mutex;
 
 use crate::netns::Netns;
 
+mod changes;
 mod codec;
+pub use changes::wait_until;
 use codec::{
     address_message, collect, family, read_address, read_link, read_route, read_rule,
     route_message, rule_message,

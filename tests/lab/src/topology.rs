@@ -1,1 +1,480 @@
-//! Everything together.
+//! Everything together: one node with the daemon, its nsmgr and targets; the
+//! services that it needs; load balancers, and a client behind a router. All
+//! of it ends with the value.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use meridio_proxy::proto::connection::Connection;
+use meridio_proxy::rpc::env::Rpc;
+use meridio_proxy::sync::thread::Threads;
+
+use crate::agent::Agent;
+use crate::datapath::LocalEndpoint;
+use crate::echo::PORT;
+use crate::infra::{IPAM_PORT, Infra, NSP_PORT};
+use crate::ipam::{Ipam, IpamOptions};
+use crate::lb::{Lb, Targets};
+use crate::link::{Rtnl, host, wait_until};
+use crate::netns::Netns;
+use crate::nsmgr::{Nsmgr, NsmgrOptions, TargetRequest};
+use crate::nsp::Nsp;
+use crate::pki::Pki;
+use crate::process::{self, Daemon, DaemonOptions};
+use crate::router::Router;
+use crate::target::{Mesh, Target, Wish};
+use crate::traffic::{Flows, Pace};
+use crate::veth::VethDatapath;
+use crate::workdir::WorkDir;
+
+/// How long one change may take until it is seen in the kernel.
+pub const LIMIT: Duration = Duration::from_secs(20);
+/// The daemon's routing table.
+pub const TABLE: u32 = 1;
+
+/// What to build.
+#[derive(Debug, Clone)]
+pub struct TopologyOptions {
+    pub trench: String,
+    pub conduit: String,
+    pub namespace: String,
+    pub node: String,
+    pub lbs: usize,
+    pub targets: usize,
+    pub vips: Vec<IpAddr>,
+    pub token_lifetime: Duration,
+    pub svid_lifetime: Duration,
+    /// Settings of the daemon beside, or instead of, the usual ones.
+    pub env: BTreeMap<String, String>,
+}
+
+impl Default for TopologyOptions {
+    fn default() -> Self {
+        Self {
+            trench: "trench-a".to_owned(),
+            conduit: "conduit-a".to_owned(),
+            namespace: "red".to_owned(),
+            node: "node-1".to_owned(),
+            lbs: 2,
+            targets: 3,
+            vips: vec![
+                IpAddr::from([20, 0, 0, 1]),
+                IpAddr::from([0x2000, 0, 0, 0, 0, 0, 0, 1]),
+            ],
+            token_lifetime: Duration::from_secs(600),
+            svid_lifetime: Duration::from_secs(3600),
+            env: BTreeMap::new(),
+        }
+    }
+}
+
+/// The lab. Fields end in this order: the daemon first, then its peers.
+pub struct Topology {
+    daemon: Option<Daemon>,
+    pub targets: BTreeMap<String, Arc<Target>>,
+    pub lbs: BTreeMap<String, Lb>,
+    pub router: Router,
+    pub nsmgr: Nsmgr,
+    pub nsp: Nsp,
+    pub ipam: Ipam,
+    pub agent: Agent,
+    pub datapath: Arc<VethDatapath>,
+    pub infra: Infra,
+    pub pod: Netns,
+    pub rtnl: Rtnl,
+    options: TopologyOptions,
+    vips: Vec<IpAddr>,
+    registered: Targets,
+    next_lb: u8,
+    next_target: usize,
+    dir: WorkDir,
+}
+
+/// The targets' way to nsmgr.
+struct NsmMesh(Nsmgr);
+
+impl Mesh for NsmMesh {
+    fn connect(&self, wish: Wish) -> Result<Connection, String> {
+        self.0.connect_target(TargetRequest {
+            id: wish.id,
+            name: wish.name,
+            service: wish.service,
+            netns: wish.netns,
+            ifname: wish.ifname,
+            labels: wish.labels.into_iter().collect(),
+            ip_context: wish.ip_context,
+        })
+    }
+
+    fn close(&self, id: &str) -> Result<(), String> {
+        self.0.close_target(id)
+    }
+}
+
+impl Topology {
+    /// Starts all peers and the daemon, waits until it is ready, then connects
+    /// the targets and gives the load balancers their flows.
+    pub fn start(options: TopologyOptions) -> Result<Self, String> {
+        let mut topology = Self::peers(options)?;
+        topology.start_daemon()?;
+        for _ in 0..topology.options.lbs {
+            topology.add_lb()?;
+        }
+        topology.wait_ready()?;
+        for _ in 0..topology.options.targets {
+            topology.add_target()?;
+        }
+        Ok(topology)
+    }
+
+    /// The peers, without the daemon, load balancers and targets.
+    pub fn peers(options: TopologyOptions) -> Result<Self, String> {
+        let dir = WorkDir::new().map_err(text)?;
+        let pki = Pki::new("example.org");
+        let ids = |path: &str| pki.id(path);
+        let ttl = options.svid_lifetime;
+        let agent_socket = dir.path().join("agent.sock");
+        let agent = Agent::start(&agent_socket, &pki, &ids("ns/red/sa/proxy"), ttl);
+        let (infra, pod) = Infra::new().map_err(text)?;
+        let datapath = Arc::new(VethDatapath::new());
+        let nsmgr = Nsmgr::start(NsmgrOptions {
+            socket: dir.path().join("nsm.io.sock"),
+            trust: Arc::new(pki.clone()),
+            node: options.node.clone(),
+            datapath: datapath.clone(),
+            token_lifetime: options.token_lifetime,
+        })?;
+        let (threads, rpc) = (Threads::unsupervised(), Rpc::new());
+        let ipam_options = IpamOptions::new(&options.trench, &options.conduit);
+        let ipam = Ipam::new(&threads, &ipam_options)?;
+        let listener = infra.listen(IPAM_PORT).map_err(text)?;
+        ipam.serve(
+            &threads,
+            &rpc,
+            pki.cell(&ids("ns/red/sa/ipam"), ttl),
+            listener,
+        )?;
+        let nsp = Nsp::new(&options.trench);
+        let listener = infra.listen(NSP_PORT).map_err(text)?;
+        nsp.serve(
+            &threads,
+            &rpc,
+            pki.cell(&ids("ns/red/sa/nsp"), ttl),
+            listener,
+        )?;
+        let vips = options.vips.clone();
+        let topology = Self {
+            daemon: None,
+            targets: BTreeMap::new(),
+            lbs: BTreeMap::new(),
+            router: Router::new().map_err(text)?,
+            nsmgr,
+            nsp,
+            ipam,
+            agent,
+            datapath,
+            infra,
+            rtnl: Rtnl::open(&pod).map_err(text)?,
+            pod,
+            options,
+            vips,
+            registered: Targets::new(),
+            next_lb: 1,
+            next_target: 1,
+            dir,
+        };
+        topology.tell_vips();
+        Ok(topology)
+    }
+
+    /// The network service that targets ask for.
+    #[must_use]
+    pub fn proxy_service(&self) -> String {
+        format!("proxy.{}", self.lb_service())
+    }
+
+    /// The network service that load balancers offer.
+    #[must_use]
+    pub fn lb_service(&self) -> String {
+        let options = &self.options;
+        format!(
+            "{}.{}.{}",
+            options.conduit, options.trench, options.namespace
+        )
+    }
+
+    /// The running daemon.
+    pub fn daemon(&self) -> Result<&Daemon, String> {
+        (self.daemon.as_ref()).ok_or_else(|| "the daemon is not running".to_owned())
+    }
+
+    /// The VIPs now.
+    #[must_use]
+    pub fn vips(&self) -> &[IpAddr] {
+        &self.vips
+    }
+
+    /// Starts the daemon; does not wait for anything.
+    pub fn start_daemon(&mut self) -> Result<(), String> {
+        let service = self.infra.address();
+        let options = &self.options;
+        let nsp_name = format!("nsp-service-{}.{}", options.trench, options.namespace);
+        let started = Daemon::start(&DaemonOptions {
+            binary: process::binary().map_err(text)?,
+            args: Vec::new(),
+            env: self.environment(),
+            netns: self.pod.clone(),
+            hosts: vec![(service, nsp_name), (service, "ipam-service".to_owned())],
+            dir: self.dir.path().to_owned(),
+        });
+        self.daemon = Some(started.map_err(text)?);
+        Ok(())
+    }
+
+    /// Waits until the readiness probe succeeds.
+    pub fn wait_ready(&self) -> Result<(), String> {
+        let daemon = self.daemon()?;
+        daemon.wait_health("Readiness", LIMIT).map_err(|error| {
+            format!(
+                "the daemon does not get ready: {error}\n{}\nrefusals: {:?}",
+                daemon.tail(30),
+                self.nsmgr.refusals()
+            )
+        })
+    }
+
+    /// Kills the daemon without any warning.
+    pub fn kill_daemon(&mut self) -> Result<(), String> {
+        let daemon = self.daemon.take();
+        daemon.map_or(Ok(()), |daemon| daemon.kill().map_err(text))
+    }
+
+    /// Stops the daemon as Kubernetes does; returns what it ended with.
+    pub fn stop_daemon(&mut self, limit: Duration) -> Result<Daemon, String> {
+        let daemon = self.daemon.take().ok_or("the daemon is not running")?;
+        match daemon.terminate(limit) {
+            Some(_) => Ok(daemon),
+            None => Err(format!("no end within {limit:?}:\n{}", daemon.tail(30))),
+        }
+    }
+
+    /// Adds a load balancer and waits until it is a next hop; then the router
+    /// gives it flows. Returns its name.
+    pub fn add_lb(&mut self) -> Result<String, String> {
+        let number = self.next_lb;
+        self.next_lb += 1;
+        let lb = Lb::new(&format!("lb-{number}"), number).map_err(text)?;
+        let name = lb.name().to_owned();
+        (self.router.attach(&name, number, lb.namespace())).map_err(text)?;
+        lb.set_targets(&self.registered).map_err(text)?;
+        let endpoint: Arc<dyn LocalEndpoint> = Arc::new(lb.clone());
+        self.nsmgr.add_endpoint(&self.lb_service(), endpoint);
+        self.lbs.insert(name.clone(), lb);
+        self.wait_hops()?;
+        self.spread(|_| true)?;
+        Ok(name)
+    }
+
+    /// Removes a load balancer in good order: the router first, then the
+    /// registry; its namespace stays until the daemon has let it go.
+    pub fn remove_lb(&mut self, name: &str) -> Result<(), String> {
+        self.spread(|lb| lb != name)?;
+        self.nsmgr.remove_endpoint(name);
+        let gone = self.lbs.remove(name);
+        self.wait_hops()?;
+        drop(gone);
+        self.router.detach(name).map_err(text)
+    }
+
+    /// Adds and connects a target; its addresses become known to the load
+    /// balancers. Returns its name.
+    pub fn add_target(&mut self) -> Result<String, String> {
+        let name = format!("target-{}", self.next_target);
+        self.next_target += 1;
+        let mesh: Arc<dyn Mesh> = Arc::new(NsmMesh(self.nsmgr.clone()));
+        let target = Target::new(&name, &self.proxy_service(), &self.options.node, mesh);
+        let target = target.map_err(text)?;
+        target.set_vips(&self.vips)?;
+        self.targets.insert(name.clone(), Arc::new(target));
+        self.start_target(&name)?;
+        Ok(name)
+    }
+
+    /// Connects a target (again) and registers it.
+    pub fn start_target(&mut self, name: &str) -> Result<(), String> {
+        let target = self.target(name)?;
+        target.connect()?;
+        self.wait_port(&target.connection_id())?;
+        self.register(name)
+    }
+
+    /// The load balancers send to this target, at the addresses that it has
+    /// now.
+    pub fn register(&mut self, name: &str) -> Result<(), String> {
+        let addresses = self.target(name)?.addresses();
+        self.registered.insert(name.to_owned(), addresses);
+        self.tell_lbs()
+    }
+
+    /// The load balancers send nothing more to this target.
+    pub fn unregister(&mut self, name: &str) -> Result<(), String> {
+        self.registered.remove(name);
+        self.tell_lbs()
+    }
+
+    /// Unregisters a target and closes its connection.
+    pub fn stop_target(&mut self, name: &str) -> Result<(), String> {
+        self.unregister(name)?;
+        self.target(name)?.disconnect()
+    }
+
+    /// Adds a VIP everywhere and waits until the daemon routes it.
+    pub fn add_vip(&mut self, vip: IpAddr) -> Result<(), String> {
+        self.vips.push(vip);
+        for target in self.targets.values() {
+            target.set_vips(&self.vips)?;
+        }
+        self.tell_vips();
+        self.wait_vip(vip, true)
+    }
+
+    /// Removes a VIP everywhere and waits until the daemon has done so, too.
+    pub fn remove_vip(&mut self, vip: IpAddr) -> Result<(), String> {
+        self.vips.retain(|known| *known != vip);
+        self.tell_vips();
+        self.wait_vip(vip, false)?;
+        for target in self.targets.values() {
+            target.set_vips(&self.vips)?;
+        }
+        Ok(())
+    }
+
+    /// Starts steady traffic: so many flows to each VIP, all answered once.
+    pub fn steady(&self, pace: &Pace, flows: usize) -> Result<Flows, String> {
+        let traffic = Flows::start(self.router.client(), pace).map_err(text)?;
+        for vip in &self.vips {
+            traffic.add(destination(*vip), flows).map_err(text)?;
+        }
+        if traffic.all_answered_since(traffic.mark(), LIMIT) {
+            return Ok(traffic);
+        }
+        let step = traffic.step(traffic.mark());
+        Err(format!("not every flow is answered at first: {step}"))
+    }
+
+    /// Waits until the next hops are the load balancers, in both families.
+    pub fn wait_hops(&self) -> Result<(), String> {
+        let wanted = self.lbs.len();
+        self.wait("next hops", || {
+            let routes = self.rtnl.routes(TABLE)?;
+            let hops = |v4: bool| {
+                let mut all = routes.iter().filter(|route| {
+                    route.destination.is_ipv4() == v4 && route.metric != Some(u32::MAX)
+                });
+                all.next().map_or(0, |route| route.hops.len())
+            };
+            // Every load balancer, and nothing beside them.
+            Ok(hops(true) == wanted && hops(false) == wanted)
+        })
+    }
+
+    /// Waits until the pod's end of a target's connection is a port of the
+    /// bridge.
+    pub fn wait_port(&self, id: &str) -> Result<(), String> {
+        let alias = format!("client-{id}");
+        self.wait("port", || {
+            let links = self.rtnl.links()?;
+            let bridge = links.iter().find(|link| link.name == "bridge0");
+            let port = links.iter().find(|link| link.alias == alias);
+            Ok(bridge
+                .zip(port)
+                .is_some_and(|(bridge, port)| port.master == Some(bridge.index)))
+        })
+    }
+
+    /// Waits until the VIP has a rule in the pod, or has none.
+    pub fn wait_vip(&self, vip: IpAddr, present: bool) -> Result<(), String> {
+        self.wait("rule", || {
+            let rules = self.rtnl.rules(vip)?;
+            let found =
+                (rules.iter()).any(|rule| rule.from == Some(host(vip)) && rule.table == TABLE);
+            Ok(found == present)
+        })
+    }
+
+    fn wait(&self, what: &str, is_so: impl FnMut() -> io::Result<bool>) -> Result<(), String> {
+        if wait_until(&self.pod, LIMIT, is_so).map_err(text)? {
+            return Ok(());
+        }
+        let log = self.daemon.as_ref().map(|daemon| daemon.tail(30));
+        Err(format!(
+            "{what}: not as expected after {LIMIT:?}\n{}\nrefusals: {:?}",
+            log.unwrap_or_default(),
+            self.nsmgr.refusals()
+        ))
+    }
+
+    fn target(&self, name: &str) -> Result<Arc<Target>, String> {
+        let known = self.targets.get(name).map(Arc::clone);
+        known.ok_or_else(|| format!("no target {name}"))
+    }
+
+    fn spread(&self, chosen: impl Fn(&str) -> bool) -> Result<(), String> {
+        let names: Vec<String> = (self.lbs.keys())
+            .filter(|name| chosen(name))
+            .cloned()
+            .collect();
+        self.router.spread_over(&names).map_err(text)
+    }
+
+    fn tell_lbs(&self) -> Result<(), String> {
+        (self.lbs.values())
+            .try_for_each(|lb| lb.set_targets(&self.registered))
+            .map_err(text)
+    }
+
+    fn tell_vips(&self) {
+        let texts: Vec<String> = self.vips.iter().map(|vip| host(*vip).to_string()).collect();
+        self.nsp.set_vips(texts.iter().map(String::as_str));
+    }
+
+    fn environment(&self) -> BTreeMap<String, String> {
+        let options = &self.options;
+        let nsmgr = self.dir.path().join("nsm.io.sock");
+        let mut env: BTreeMap<String, String> = [
+            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+            ("SPIFFE_ENDPOINT_SOCKET", self.agent.address()),
+            ("NSM_NAME", "proxy-1".to_owned()),
+            ("NSM_HOST", options.node.clone()),
+            ("NSM_CONNECT_TO", format!("unix://{}", nsmgr.display())),
+            ("NSM_MAX_TOKEN_LIFETIME", "10m".to_owned()),
+            ("NSM_SERVICE_NAME", self.proxy_service()),
+            ("NSM_NETWORK_SERVICE_NAME", self.lb_service()),
+            ("NSM_IPAM_SERVICE", format!("ipam-service:{IPAM_PORT}")),
+            ("NSM_NSP_SERVICE_NAME", "nsp-service".to_owned()),
+            ("NSM_NSP_SERVICE_PORT", NSP_PORT.to_string()),
+            ("NSM_TRENCH", options.trench.clone()),
+            ("NSM_CONDUIT", options.conduit.clone()),
+            ("NSM_NAMESPACE", options.namespace.clone()),
+            ("NSM_IP_FAMILY", "dualstack".to_owned()),
+            ("NSM_LOG_LEVEL", "DEBUG".to_owned()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into();
+        env.extend(options.env.clone());
+        env
+    }
+}
+
+/// Where a VIP's servers answer.
+#[must_use]
+pub fn destination(vip: IpAddr) -> SocketAddr {
+    SocketAddr::new(vip, PORT)
+}
+
+fn text(error: io::Error) -> String {
+    error.to_string()
+}
