@@ -3,6 +3,8 @@
 pub mod decode;
 pub mod encode;
 pub mod frame;
+#[cfg(test)]
+mod golden;
 pub mod socket;
 
 use std::collections::BTreeMap;
@@ -40,7 +42,7 @@ impl Netlink {
     }
 
     /// Reads a part of the state with `read`, again while it changes under our
-    /// hands. A table that does not exist is empty.
+    /// hands. A table or a family that does not exist is empty.
     fn dump<T>(
         &mut self,
         what: Dump,
@@ -60,8 +62,10 @@ impl Netlink {
             match outcome {
                 Ok(true) => return Ok(found),
                 Ok(false) => {}
+                // No such table; no such family in this kernel.
                 Err(OpError::Refused { errno, .. })
-                    if errno == libc::ENOENT && matches!(what, Dump::Routes(_)) =>
+                    if [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&errno)
+                        && what != Dump::Links =>
                 {
                     return Ok(Vec::new());
                 }
