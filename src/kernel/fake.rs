@@ -37,6 +37,10 @@ pub struct State {
     pub refused: Vec<(KernelOp, i32)>,
     /// How often everything was read.
     pub snapshots: usize,
+    /// Refuses what it says with that error number.
+    pub fault: Option<(fn(&KernelOp) -> bool, i32)>,
+    /// Cannot be read.
+    pub blind: bool,
     last_index: u32,
 }
 
@@ -51,6 +55,9 @@ impl Rtnl for Fake {
     fn snapshot(&mut self) -> Result<Observed, KernelError> {
         self.with(|state| {
             state.snapshots += 1;
+            if state.blind {
+                return Err(KernelError("blind".to_owned()));
+            }
             let mut observed = Observed::default();
             for link in state.links.values() {
                 observed.insert_link(link.clone());
@@ -105,6 +112,11 @@ impl State {
     }
 
     fn try_execute(&mut self, op: &KernelOp) -> Result<(), i32> {
+        if let Some((hits, errno)) = self.fault
+            && hits(op)
+        {
+            return Err(errno);
+        }
         match op {
             KernelOp::CreateBridge { .. } => {
                 if self.named(BRIDGE).is_some() {
