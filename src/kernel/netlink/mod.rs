@@ -160,7 +160,18 @@ impl Rtnl for Netlink {
                 .count();
             // An operation that is too large alone is sent alone.
             let (batch, later) = rest.split_at(fitting.max(1));
-            outcomes.extend(self.batch(batch));
+            let done = self.batch(batch);
+            // A kernel that does not answer would keep us for the patience of
+            // every further batch.
+            let lost = done
+                .iter()
+                .any(|outcome| matches!(outcome, Err(OpError::Unknown(_))));
+            outcomes.extend(done);
+            if lost {
+                let unsent = || Err(OpError::Unknown("not sent after a lost answer".to_owned()));
+                outcomes.extend(later.iter().map(|_| unsent()));
+                break;
+            }
             rest = later;
         }
         outcomes
