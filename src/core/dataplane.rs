@@ -248,12 +248,13 @@ impl Dataplane {
         warnings: &mut BTreeSet<Warning>,
     ) -> PerFamily<RouteIntent> {
         let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
+        let bridge = observed.bridge().map(|link| link.index);
         for (key, port) in self.lbs() {
+            let refused = self.not_attached.contains(&port.ifname);
             let carries = may_be_port(&port.ifname)
-                && !self.not_attached.contains(&port.ifname)
-                && observed
-                    .named(&port.ifname)
-                    .is_some_and(|link| link.up && link.carrier);
+                && observed.named(&port.ifname).is_some_and(|link| {
+                    link.up && link.carrier && (!refused || link.master == bridge)
+                });
             for address in &port.peers {
                 match self.hop(*address, observed) {
                     Ok(true) if carries => {

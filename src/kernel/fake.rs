@@ -19,6 +19,9 @@ use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, route_metric}
 #[derive(Debug, Clone, Default)]
 pub struct Fake(Rc<RefCell<State>>);
 
+/// Which operations are refused, and with which error number.
+pub type Fault = (fn(&KernelOp) -> bool, i32);
+
 /// What the model holds.
 #[derive(Debug, Default)]
 pub struct State {
@@ -37,6 +40,10 @@ pub struct State {
     pub refused: Vec<(KernelOp, i32)>,
     /// How often everything was read.
     pub snapshots: usize,
+    /// Refuses what it says with that error number.
+    pub fault: Option<Fault>,
+    /// Cannot be read.
+    pub blind: bool,
     last_index: u32,
 }
 
@@ -51,6 +58,9 @@ impl Rtnl for Fake {
     fn snapshot(&mut self) -> Result<Observed, KernelError> {
         self.with(|state| {
             state.snapshots += 1;
+            if state.blind {
+                return Err(KernelError("blind".to_owned()));
+            }
             let mut observed = Observed::default();
             for link in state.links.values() {
                 observed.insert_link(link.clone());
@@ -105,6 +115,11 @@ impl State {
     }
 
     fn try_execute(&mut self, op: &KernelOp) -> Result<(), i32> {
+        if let Some((hits, errno)) = self.fault
+            && hits(op)
+        {
+            return Err(errno);
+        }
         match op {
             KernelOp::CreateBridge { .. } => {
                 if self.named(BRIDGE).is_some() {
