@@ -215,7 +215,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let addresses = match self.acquire(&plan, stop) {
             Ok(addresses) => addresses,
             Err(error) => {
-                self.complain(format!("no addresses from IPAM: {error:?}"));
+                self.complain(format!("no addresses from IPAM: {error}"));
                 return Err(Failure::NotSent);
             }
         };
@@ -284,7 +284,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             Err(error) => match known {
                 Some(addresses) => {
                     self.complain(format!(
-                        "IPAM did not renew the addresses, they are kept: {error:?}"
+                        "IPAM did not renew the addresses, they are kept: {error}"
                     ));
                     Ok(addresses)
                 }
