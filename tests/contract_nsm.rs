@@ -235,7 +235,7 @@ impl Rig {
             match self.facts.recv_timeout(PATIENCE).unwrap() {
                 NetMsg::Fact(Event::BridgePrefixes(_)) => {}
                 NetMsg::Fact(event) => return event,
-                NetMsg::Quiesce(_) => panic!("nobody quiesces"),
+                _ => panic!("facts only"),
             }
         }
     }
@@ -440,6 +440,60 @@ fn a_predecessors_connection_is_rebuilt_not_doubled() {
     rig.expect_pair("lb-1");
     assert_eq!((rig.nsmgr.connections().len(), rig.nsmgr.crosses()), (1, 1));
     assert!(mesh.stop(soon()).is_empty());
+    rig.assert_clean();
+}
+
+/// Moves this test's thread, and all that it starts from now on, into a
+/// network namespace of their own.
+fn enter_netns() {
+    // SAFETY: unshare takes no pointers; it changes the calling thread only.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    let error = std::io::Error::last_os_error();
+    assert_eq!(result, 0, "no new network namespace ({error}); run as root");
+    ip("link set lo up");
+}
+
+fn ip(arguments: &str) {
+    let status = std::process::Command::new("ip")
+        .args(arguments.split_whitespace())
+        .status()
+        .unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+#[test]
+fn a_predecessors_connection_whose_port_is_in_place_is_taken_over() {
+    enter_netns();
+    let rig = Rig::new();
+    rig.add("lb-1");
+    let mesh = rig.mesh();
+    let Event::PortExpected { ifname, .. } = rig.fact() else {
+        panic!("not up");
+    };
+    rig.expect_pair("lb-1");
+    // As forwarder and `net` would leave it.
+    ip("link add bridge0 type bridge");
+    ip(&format!("link add {ifname} type veth peer name far"));
+    ip(&format!(
+        "link set {ifname} master bridge0 alias server-{}",
+        id("lb-1")
+    ));
+    rig.nsmgr.pause_calls(true);
+    assert!(
+        mesh.stop(clock::now() + Duration::from_secs(1)).is_empty(),
+        "ends without a Close, as if killed"
+    );
+    assert_eq!(rig.fact(), Event::PortReleased { key: port("lb-1") });
+    rig.nsmgr.pause_calls(false);
+
+    let mesh = rig.mesh();
+    match rig.fact() {
+        Event::PortExpected { ifname: kept, .. } => assert_eq!(kept, ifname),
+        other => panic!("{other} instead of a port"),
+    }
+    rig.expect_pair("lb-1");
+    assert!(mesh.stop(soon()).is_empty());
+    assert_eq!(rig.pairs.recv_timeout(PATIENCE).unwrap(), Pair::Disconnect);
     rig.assert_clean();
 }
 

@@ -356,7 +356,7 @@ impl World {
     fn fact(&self) -> Event {
         match self.facts.recv_timeout(PATIENCE).unwrap() {
             NetMsg::Fact(event) => event,
-            NetMsg::Quiesce(_) => panic!("the mesh does not quiesce"),
+            _ => panic!("the mesh tells facts only"),
         }
     }
 
