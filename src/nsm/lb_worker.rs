@@ -215,7 +215,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let addresses = match self.acquire(&plan, stop) {
             Ok(addresses) => addresses,
             Err(error) => {
-                self.complain(format!("no addresses from IPAM: {error:?}"));
+                self.complain(format!("no addresses from IPAM: {error}"));
                 return Err(Failure::NotSent);
             }
         };
@@ -284,7 +284,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             Err(error) => match known {
                 Some(addresses) => {
                     self.complain(format!(
-                        "IPAM did not renew the addresses, they are kept: {error:?}"
+                        "IPAM did not renew the addresses, they are kept: {error}"
                     ));
                     Ok(addresses)
                 }
@@ -320,6 +320,8 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let netns = &self.shared.netns;
         match self.shared.nsmgr.close(&connection, netns, deadline, stop) {
             Ok(()) => info!(id = self.template.id; "connection closed"),
+            // Interrupted by the order to stop: it is made again then.
+            Err(RpcError::Cancelled) if !self.stopping && stop.is_set() => return,
             Err(error) => warn!(id = self.template.id; "Close failed: {error}"),
         }
         self.session.closed(clock::now());
