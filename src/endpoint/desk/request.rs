@@ -42,6 +42,10 @@ impl Desk {
         call: &Call,
         now: Now,
     ) -> Result<Wanted, RpcError> {
+        if (call.is_over)() {
+            let text = "the deadline passed before its turn came";
+            return Err(RpcError::status(Code::DEADLINE_EXCEEDED, text));
+        }
         if self.targets.up(id).is_none() && self.targets.len() > CONNECTIONS_MAX {
             let text = format!("more than {CONNECTIONS_MAX} connections");
             return Err(RpcError::status(Code::RESOURCE_EXHAUSTED, text));
