@@ -199,6 +199,18 @@ fn health() {
         forwarder.health("x").unwrap_err().code(),
         Some(Code::NOT_FOUND)
     );
+    for (service, expected) in [
+        ("", ServingStatus::SERVING),
+        ("x", ServingStatus::SERVICE_UNKNOWN),
+    ] {
+        let pump = forwarder.watch_health(service);
+        let item = pump.items().recv_deadline(soon()).unwrap();
+        let Item::Message(response) = item else {
+            panic!("{item:?}");
+        };
+        assert_eq!(response.status.enum_value(), Ok(expected));
+        assert!(pump.items().is_empty(), "the stream stays open");
+    }
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use meridio_proxy::proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, PathSegment,
 };
-use meridio_proxy::proto::health::HealthCheckRequest;
 use meridio_proxy::proto::health::health_check_response::ServingStatus;
+use meridio_proxy::proto::health::{HealthCheckRequest, HealthCheckResponse};
 use meridio_proxy::proto::networkservice::NetworkServiceRequest;
 use meridio_proxy::rpc::call::{self, Options};
 use meridio_proxy::rpc::method;
@@ -161,6 +161,16 @@ impl Forwarder {
             &options,
         )
         .unwrap()
+    }
+
+    pub fn watch_health(&self, service: &str) -> Pump<HealthCheckResponse> {
+        let channel = self.connector.acquire(soon(), &self.stop).unwrap();
+        let request = HealthCheckRequest {
+            service: service.to_owned(),
+            ..HealthCheckRequest::default()
+        };
+        let (watch, options) = (&method::HEALTH_WATCH, Options::default());
+        pump::open(channel.channel(), watch, &request, &options).unwrap()
     }
 
     pub fn health(&self, service: &str) -> Result<ServingStatus, RpcError> {

@@ -56,6 +56,18 @@ fn an_answer_that_nobody_waits_for_establishes_nothing() {
 }
 
 #[test]
+fn a_request_whose_caller_gave_up_closes_nothing() {
+    let mut bench = Bench::new();
+    let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
+    let _ = (bench.facts(), bench.ipam_log());
+    let mut reselect = refresh(&up);
+    reselect.connection.mut_or_insert_default().state = State::RESELECT_REQUESTED.into();
+    bench.over.store(true, Ordering::Relaxed);
+    assert_eq!(code(&mut bench.send(reselect)), Code::DEADLINE_EXCEEDED);
+    assert!(bench.facts().is_empty() && bench.ipam_log().is_empty());
+}
+
+#[test]
 fn an_unauthorised_call_leaves_the_connection() {
     let mut bench = Bench::new();
     let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
@@ -148,7 +160,10 @@ fn hostile_requests_are_refused_and_change_nothing() {
         let mut request = Bench::request_of("t1", "f1", None);
         change(&mut request);
         let mut awaited = bench.send(request);
-        if !bench.ipam.0.lock().owed.is_empty() {
+        // Of all these only the last needs addresses to be judged.
+        let asked = !bench.ipam.0.lock().owed.is_empty();
+        assert_eq!(asked, what == "address of no used family", "{what}");
+        if asked {
             bench.ipam_answers(Ok(lease(2)));
         }
         let error = answered(&mut awaited).unwrap().unwrap_err();
