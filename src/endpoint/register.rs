@@ -68,6 +68,8 @@ pub struct Registrar {
     watch: Option<Pump<NetworkServiceEndpointResponse>>,
     /// The last failure logged, so that retries do not repeat it.
     trouble: Option<String>,
+    /// Whether the registration was logged, which refreshes do not repeat.
+    told: bool,
 }
 
 impl Registrar {
@@ -81,6 +83,7 @@ impl Registrar {
             machine: Registration::new(clock::now()),
             watch: None,
             trouble: None,
+            told: false,
         }
     }
 
@@ -130,6 +133,7 @@ impl Registrar {
             Some(Ok(Item::Ended(ended))) => {
                 let why = ended.map_or_else(|error| error.to_string(), |()| "ended".to_owned());
                 info!("the watch of the own registry entry is lost ({why}): registering anew");
+                self.told = false;
                 self.watch = None;
                 self.machine.watch_ended(clock::now());
             }
@@ -144,6 +148,7 @@ impl Registrar {
         let name = &event.network_service_endpoint.get_or_default().name;
         if event.deleted && *name == self.entry.name {
             info!("the own registry entry was removed: registering anew");
+            self.told = false;
             self.machine.entry_deleted(clock::now());
         }
     }
@@ -220,7 +225,12 @@ impl Registrar {
         // Without randomness the refreshes are not spread; nothing else.
         let _ = self.random.fill(&mut jitter);
         self.machine.endpoint_registered(left, jitter[0], now.mono);
-        debug!("the endpoint is registered for {left:?}");
+        if !std::mem::replace(&mut self.told, true) {
+            info!(
+                endpoint = self.entry.name, service = self.entry.service_name;
+                "the endpoint is registered"
+            );
+        }
         self.open_watch(leave);
     }
 

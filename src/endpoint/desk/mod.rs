@@ -3,8 +3,6 @@
 //! Meridio's elements at its end (cmd/proxy/internal/service/server.go).
 
 mod request;
-#[cfg(test)]
-mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -348,3 +346,6 @@ fn shortened(error: RpcError) -> RpcError {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests;

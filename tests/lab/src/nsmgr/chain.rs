@@ -144,6 +144,10 @@ impl Inner {
             self.notes
                 .violation(&what, "another endpoint without RESELECT_REQUESTED");
         }
+        if connection.labels != known.labels || connection.payload != known.payload {
+            self.notes
+                .violation(&what, "labels or payload were not sent again");
+        }
         let ids = |c: &Connection| -> Vec<String> {
             let segments = c.path.path_segments.iter();
             segments.map(|s| format!("{}/{}", s.name, s.id)).collect()

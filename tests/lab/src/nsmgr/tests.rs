@@ -1,6 +1,7 @@
 //! nsmgr against a minimal good client, and against each thing that it must
 //! refuse.
 
+mod daemon;
 mod endpoint;
 mod refusals;
 mod rig;
@@ -214,6 +215,14 @@ fn scripted_trouble() {
     rig.request(&session, c).unwrap();
     let monitor = session.monitor(&rig.selector("c1")).unwrap();
     event(&monitor);
+    assert!(rig.nsmgr.down_connection("c1") && !rig.nsmgr.down_connection("c2"));
+    let (kind, down) = event(&monitor);
+    assert_eq!(
+        (kind, down.state),
+        (ConnectionEventType::UPDATE, State::DOWN.into())
+    );
+    assert!(rig.nsmgr.end_connection("c1") && !rig.nsmgr.end_connection("c1"));
+    assert_eq!(event(&monitor).0, ConnectionEventType::DELETE);
     rig.nsmgr.drop_streams();
     rig::ended(&monitor);
     assert_eq!(rig.nsmgr.streams(), (0, 0));

@@ -2,7 +2,6 @@
 //! tokens, monitor, and its namespace's descriptor with each answer.
 
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use grpcio::{RpcContext, RpcStatus, Service, ServiceBuilder, UnarySink};
 use meridio_proxy::proto::health::health_check_response::ServingStatus;
@@ -21,7 +20,7 @@ use crate::client::Session;
 use crate::forwarder::{mechanism, netns_url};
 use crate::path;
 use crate::policy::envelope;
-use crate::tls::{file_id, inode_url};
+use crate::tls::{Peer, file_id, inode_url};
 
 type Mangle = fn(&mut Connection);
 
@@ -40,8 +39,8 @@ struct Shared {
     netns: Arc<OwnedFd>,
     monitors: Monitors,
     mangle: Mutex<Option<Mangle>>,
-    /// Calls that came first on their connection.
-    dials: AtomicUsize,
+    /// The connections on which calls came.
+    seen: Mutex<Vec<Arc<Peer>>>,
 }
 
 impl Proxy {
@@ -57,7 +56,7 @@ impl Proxy {
             netns: Arc::clone(&netns),
             monitors: Monitors::default(),
             mangle: Mutex::default(),
-            dials: AtomicUsize::new(0),
+            seen: Mutex::default(),
         });
         let listener = TlsListener::start(
             &Rpc::new(),
@@ -117,8 +116,9 @@ impl Proxy {
         *self.shared.mangle.lock() = mangle;
     }
 
+    /// Connections on which calls came.
     pub fn dials(&self) -> usize {
-        self.shared.dials.load(Ordering::Relaxed)
+        self.shared.seen.lock().len()
     }
 
     pub fn connections(&self) -> usize {
@@ -158,7 +158,6 @@ fn service(shared: &Arc<Shared>) -> Service {
         .add_unary_handler(
             &method::REQUEST,
             move |context: RpcContext<'_>, request: NetworkServiceRequest, sink: UnarySink<_>| {
-                requests.dials.fetch_add(1, Ordering::Relaxed);
                 reply(&context, sink, requests.request(&context, request));
             },
         )
@@ -177,7 +176,7 @@ fn service(shared: &Arc<Shared>) -> Service {
         .add_unary_handler(
             &method::HEALTH_CHECK,
             move |context: RpcContext<'_>, _: HealthCheckRequest, sink: UnarySink<_>| {
-                health.dials.fetch_add(1, Ordering::Relaxed);
+                health.peer(&context);
                 let mut answer = HealthCheckResponse::new();
                 answer.status = ServingStatus::SERVING.into();
                 reply(&context, sink, Ok(answer));
@@ -204,9 +203,18 @@ fn reply<T: Send + 'static>(
 }
 
 impl Shared {
+    fn peer(&self, context: &RpcContext<'_>) -> Arc<Peer> {
+        let peer = self.peers.lookup(&context.peer()).unwrap();
+        let mut seen = self.seen.lock();
+        if !seen.iter().any(|before| Arc::ptr_eq(before, &peer)) {
+            seen.push(Arc::clone(&peer));
+        }
+        peer
+    }
+
     /// As inside the endpoint: its own id and index, its own segment last.
     fn enter(&self, context: &RpcContext<'_>, connection: &mut Connection) -> Result<(), RpcError> {
-        let peer = self.peers.lookup(&context.peer()).unwrap();
+        let peer = self.peer(context);
         let token = envelope(context.request_headers(), &peer, clock::wall()).map_err(unknown)?;
         self.hop
             .admit(connection, &peer.identity, &token, &peer.own)?;

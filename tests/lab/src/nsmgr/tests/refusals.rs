@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use meridio_proxy::proto::networkservice::NetworkServiceRequest;
 use meridio_proxy::proto::registry::NetworkServiceEndpointQuery;
-use meridio_proxy::rpc::call::{self, Options};
 use meridio_proxy::rpc::method;
 use meridio_proxy::rpc::pump::Item;
 
@@ -206,27 +205,32 @@ fn requests() {
             ..Default::default()
         };
         change(&mut request);
-        let error = session.request(&request, &[&rig.netns], SHORT).unwrap_err();
+        let waits = code == Code::DEADLINE_EXCEEDED;
+        let limit = if waits { SHORT } else { LIMIT };
+        let error = session.request(&request, &[&rig.netns], limit).unwrap_err();
         assert_eq!(error.code(), Some(code), "{want}: {error}");
         assert!(error.to_string().contains(want), "{want}: {error}");
     }
     assert!(rig.nsmgr.connections().is_empty());
+}
 
-    let options = Options {
-        headers: session.headers().unwrap(),
-        timeout: Duration::from_secs(1_000_000_000),
-        ..Options::default()
-    };
-    let (_stopper, stop) = meridio_proxy::sync::stop::stop_pair();
-    let request = NetworkServiceRequest::new();
-    let reply = call::unary(
-        &session.dialed.channel,
-        &method::REQUEST,
-        &request,
-        &options,
-        &stop,
-    );
-    assert!(reply.is_err());
+#[test]
+fn a_call_without_a_deadline() {
+    let rig = Rig::new();
+    let session = rig.session();
+    let mut metadata = grpcio::MetadataBuilder::new();
+    for (name, value) in session.headers().unwrap() {
+        metadata.add_str(&name, &value).unwrap();
+    }
+    let option = grpcio::CallOption::default().headers(metadata.build());
+    let client = grpcio::Client::new(session.dialed.channel.clone());
+    let connection = rig.new_connection("c1", "lb-1");
+    let mut call = client
+        .unary_call_async(&method::CLOSE, &connection, option)
+        .unwrap();
+    let error = RpcError::from(call.receive_sync().unwrap_err());
+    assert_eq!(error.code(), Some(Code::INVALID_ARGUMENT), "{error}");
+    assert_refused(&rig, "without a deadline");
 }
 
 #[test]
@@ -320,8 +324,9 @@ fn registrations() {
     for (want, change) in cases {
         let mut endpoint = good.clone();
         change(&mut endpoint);
+        let limit = if want == "DEADLINE" { SHORT } else { LIMIT };
         let error = session
-            .register_endpoint(&endpoint, &file, SHORT)
+            .register_endpoint(&endpoint, &file, limit)
             .unwrap_err();
         assert!(error.to_string().contains(want), "{want}: {error}");
     }
