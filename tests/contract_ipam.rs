@@ -1,4 +1,5 @@
 //! The IPAM client against the lab's IPAM, over mTLS on loopback.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "test code")]
 
 #[path = "ipam/bench.rs"]
 mod bench;

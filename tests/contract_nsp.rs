@@ -1,4 +1,5 @@
 //! The VIP watch against the lab's NSP, over mTLS on loopback.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "test code")]
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
