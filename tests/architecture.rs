@@ -66,26 +66,50 @@ struct Source {
 }
 
 impl Source {
-    /// The code that is part of the program: no comments, and nothing from the
-    /// first test module on, which stands last in a file.
+    /// The code that is part of the program: no comments, no tests.
     fn code(&self) -> String {
-        if self.is_test() {
-            return String::new();
+        let mut kept = Vec::new();
+        let mut lines = self.text.lines();
+        while let Some(line) = lines.next() {
+            if line.trim() == "#[cfg(test)]" {
+                skip_item(&mut lines, line.len() - line.trim_start().len());
+            } else {
+                kept.push(without_comment(line));
+            }
         }
-        self.text
-            .lines()
-            .take_while(|line| *line != "#[cfg(test)]")
-            .map(without_comment)
-            .collect::<Vec<_>>()
-            .join("\n")
+        kept.join("\n")
     }
 
-    fn is_test(&self) -> bool {
-        self.path.ends_with("/tests.rs") || self.path.contains("/tests/")
+    /// The files of the test modules that this file declares.
+    fn test_files(&self) -> Vec<String> {
+        let folder = self
+            .path
+            .strip_suffix("/mod.rs")
+            .or_else(|| self.path.strip_suffix(".rs"))
+            .unwrap_or(&self.path);
+        let lines: Vec<&str> = self.text.lines().collect();
+        lines
+            .windows(2)
+            .filter(|pair| pair[0] == "#[cfg(test)]")
+            .filter_map(|pair| pair[1].trim_start_matches("pub ").strip_prefix("mod "))
+            .filter_map(|module| module.strip_suffix(';'))
+            .map(|module| format!("{folder}/{module}.rs"))
+            .collect()
     }
 
     fn is_in(&self, folder: &str) -> bool {
         self.path.starts_with(folder)
+    }
+}
+
+/// Skips the item after a `#[cfg(test)]` of that indent.
+fn skip_item<'a>(lines: &mut impl Iterator<Item = &'a str>, indent: usize) {
+    let close = format!("{}}}", " ".repeat(indent));
+    for line in lines {
+        let same = line.len() - line.trim_start().len() == indent;
+        if line == close || (same && line.ends_with([';', ','])) {
+            return;
+        }
     }
 }
 
@@ -98,6 +122,15 @@ fn without_comment(line: &str) -> &str {
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The files of the program below `folder` of `src`.
+fn program(folder: &str) -> Vec<Source> {
+    let tests: BTreeSet<String> = sources("src").iter().flat_map(Source::test_files).collect();
+    sources(folder)
+        .into_iter()
+        .filter(|source| !tests.contains(&source.path))
+        .collect()
 }
 
 /// All Rust files below `folder`.
@@ -123,7 +156,7 @@ fn sources(folder: &str) -> Vec<Source> {
 
 /// The files whose code names `word` although `allowed` says no.
 fn offenders(word: &str, allowed: impl Fn(&Source) -> bool) -> Vec<String> {
-    sources("src")
+    program("src")
         .into_iter()
         .filter(|source| source.code().contains(word) && !allowed(source))
         .map(|source| format!("{} names {word}", source.path))
@@ -137,7 +170,7 @@ fn none(offenders: &[String]) {
 #[test]
 fn the_core_is_pure() {
     let mut wrong = Vec::new();
-    for source in sources("src/core") {
+    for source in program("src/core") {
         let code = source.code();
         for word in NOT_IN_CORE {
             if code.contains(word) {
@@ -228,7 +261,7 @@ fn unsafe_stays_where_it_is() {
             .iter()
             .any(|form| code.contains(form))
     };
-    let found: Vec<String> = sources("src")
+    let found: Vec<String> = program("src")
         .into_iter()
         .filter(|source| word(&source.code()) && !UNSAFE.contains(&source.path.as_str()))
         .map(|source| source.path)
@@ -267,7 +300,7 @@ fn thread_table() -> Vec<Row> {
 /// `format!` fills in is a `*`.
 fn started() -> BTreeMap<String, BTreeSet<String>> {
     let mut names: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for source in sources("src") {
+    for source in program("src") {
         let code = source.code();
         let own = code.match_indices(".spawn(").filter_map(|(at, call)| {
             let (name, rest) = code[at + call.len()..].split_once(',')?;
@@ -417,6 +450,13 @@ fn function_length(lines: &[&str]) -> Option<usize> {
 #[test]
 fn the_checks_see_what_they_shall() {
     assert_eq!(without_comment("a(\"tcp://x\"); // b"), "a(\"tcp://x\"); ");
+    let source = Source {
+        path: "src/a/mod.rs".to_owned(),
+        text: "a\n#[cfg(test)]\nmod sim;\nb // c\n#[cfg(test)]\nmod tests {\n    d\n}\ne"
+            .to_owned(),
+    };
+    assert_eq!(source.code(), "a\nb \ne");
+    assert_eq!(source.test_files(), ["src/a/sim.rs"]);
     assert_eq!(pattern("lb:{}"), "lb:*");
     assert_eq!(pattern("a{n}b{m}"), "a*b*");
     assert_eq!(name_of("\n   \"net\"", ""), Some("net".to_owned()));

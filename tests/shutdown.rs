@@ -31,7 +31,14 @@ impl Proxy {
     fn start(prepare: &str) -> Self {
         let script = format!("mount -t tmpfs none /tmp && {prepare} && exec \"$0\"");
         let mut child = Command::new("unshare")
-            .args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_proxy")])
+            .args([
+                "--mount",
+                "--net",
+                "sh",
+                "-c",
+                &script,
+                env!("CARGO_BIN_EXE_proxy"),
+            ])
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere/agent.sock")

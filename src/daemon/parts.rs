@@ -24,7 +24,8 @@ use crate::nsm::caller::NsmCaller;
 use crate::nsm::{LbMesh, LbOptions};
 use crate::nsp;
 use crate::rpc::env::Rpc;
-use crate::spiffe::{SvidCell, workload};
+use crate::spiffe::SvidCell;
+use crate::spiffe::workload::{self, WorkloadAddress};
 use crate::sync::thread::{Joined, ThreadHandle, Threads};
 use crate::transport::client::{Address, Connector, ConnectorOptions};
 
@@ -124,7 +125,11 @@ impl Parts {
         control: &Control,
     ) -> Result<(), Cause> {
         let address = config.spiffe_endpoint_socket.clone();
-        info!(address = format!("{address:?}"); "Waiting for the first SVID");
+        let shown = match &address {
+            WorkloadAddress::Unix(path) => format!("unix://{}", path.display()),
+            WorkloadAddress::Tcp(socket) => format!("tcp://{socket}"),
+        };
+        info!(address = shown; "Waiting for the first SVID");
         let watch = workload::start(threads, &self.rpc, address, self.svid.clone())
             .map_err(failed("the SVID watch"))?;
         self.svid_watch = Some(watch);
