@@ -228,6 +228,7 @@ impl Topology {
             env: self.environment(),
             netns: self.pod.clone(),
             hosts: vec![(service, nsp_name), (service, "ipam-service".to_owned())],
+            log: process::log_file(),
             dir: self.dir.path().to_owned(),
         });
         self.daemon = Some(started.map_err(text)?);
