@@ -201,7 +201,7 @@ fn encode(bytes: &[u8]) -> String {
 
 fn decode(text: &str) -> Option<Vec<u8>> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-    if text.is_empty() || !text.bytes().all(allowed) {
+    if text.is_empty() || text.len() % 4 == 1 || !text.bytes().all(allowed) {
         return None;
     }
     let mut padded = text.replace('-', "+").replace('_', "/");

@@ -41,6 +41,11 @@ impl Walker {
         }
     }
 
+    /// The furthest that was seen so far.
+    pub(super) fn seen(&self) -> Seen {
+        self.seen
+    }
+
     /// Takes the next bytes; returns the furthest that was seen so far.
     pub(super) fn scan(&mut self, mut bytes: &[u8]) -> Seen {
         while !bytes.is_empty() && self.seen < Seen::GoAway {

@@ -13,13 +13,12 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use log::warn;
 use openssl::ssl::{ErrorCode, SslStream};
 
+use super::buffer::Buffer;
 use super::fd_socket::{FdQueue, FdSocket};
 use super::frames::{Seen, Walker};
 use crate::sync::poll::{Interest, WakeFd};
 use crate::sync::watch::Watch;
 
-/// Bytes in flight for each direction: one TLS record.
-const BUFFER: usize = 16 * 1024;
 /// How long the last bytes may take after one side has gone.
 const LINGER: Duration = Duration::from_secs(1);
 /// Rounds of one turn, so that one busy connection does not hold up the others.
@@ -164,6 +163,8 @@ impl Link {
                 self.fill_up(now) | self.flush_up(now) | self.fill_down(now) | self.flush_down(now);
             if !moved {
                 self.settle(now);
+                self.up.release();
+                self.down.release();
                 return false;
             }
         }
@@ -272,22 +273,23 @@ impl Link {
             // Nobody is left to read it.
             return;
         }
-        let seen = {
-            let bytes = self.down.filled(count);
-            self.walker.as_mut().map(|walker| walker.scan(bytes))
+        let bytes = self.down.filled(count);
+        let Some(walker) = &mut self.walker else {
+            return;
         };
+        let before = walker.seen();
+        let seen = walker.scan(bytes);
+        if seen == before {
+            return;
+        }
         match seen {
-            Some(Seen::Settings) => {
-                self.handle.state.set_if_changed(LinkState::Open);
-            }
-            Some(Seen::GoAway) => {
-                self.handle.state.set_if_changed(LinkState::Draining);
-            }
-            Some(Seen::Other) => {
+            Seen::Settings => self.handle.state.set(LinkState::Open),
+            Seen::GoAway => self.handle.state.set(LinkState::Draining),
+            Seen::Other => {
                 self.down.clear();
                 self.peer_gone("the peer does not speak HTTP/2", now);
             }
-            Some(Seen::Nothing) | None => {}
+            Seen::Nothing => {}
         }
     }
 
@@ -402,57 +404,4 @@ fn is_transient(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
-}
-
-/// Bytes on their way: filled at the back, taken from the front.
-struct Buffer {
-    bytes: Box<[u8]>,
-    start: usize,
-    end: usize,
-}
-
-impl Buffer {
-    fn new() -> Self {
-        Self {
-            bytes: vec![0; BUFFER].into_boxed_slice(),
-            start: 0,
-            end: 0,
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.start == self.end
-    }
-
-    fn has_room(&self) -> bool {
-        self.end < self.bytes.len()
-    }
-
-    fn data(&self) -> &[u8] {
-        &self.bytes[self.start..self.end]
-    }
-
-    fn room(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.end..]
-    }
-
-    /// `count` bytes were put into the room; returns them.
-    fn filled(&mut self, count: usize) -> &[u8] {
-        let from = self.end;
-        self.end = (self.end + count).min(self.bytes.len());
-        &self.bytes[from..self.end]
-    }
-
-    /// `count` bytes of the data have gone.
-    fn taken(&mut self, count: usize) {
-        self.start = (self.start + count).min(self.end);
-        if self.is_empty() {
-            self.clear();
-        }
-    }
-
-    fn clear(&mut self) {
-        self.start = 0;
-        self.end = 0;
-    }
 }

@@ -14,14 +14,17 @@ use super::dial;
 use super::error::ServerError;
 use super::fd_socket::Socket;
 
+/// Device and inode.
+type FileId = (u64, u64);
+
 /// A non-blocking listening socket. Dropping it removes the file of a unix
 /// socket, unless somebody has replaced it.
 pub(super) enum Listener {
     Unix {
         listener: UnixListener,
         path: PathBuf,
-        /// Device and inode of the file that was made.
-        file: (u64, u64),
+        /// The file that was made.
+        file: FileId,
     },
     Tcp(TcpListener),
 }
@@ -29,30 +32,35 @@ pub(super) enum Listener {
 impl Listener {
     /// Makes the socket file, with its directory, for everybody to connect to:
     /// who may talk is decided by TLS, and the peers run as other users.
-    pub(super) fn bind_unix(path: &Path) -> Result<Self, ServerError> {
-        let failed = |what: &str, error: &io::Error| {
-            ServerError(format!(
+    pub(super) fn bind_unix(path: PathBuf) -> Result<Self, ServerError> {
+        match Self::make(&path) {
+            Ok((listener, file)) => Ok(Self::Unix {
+                listener,
+                path,
+                file,
+            }),
+            Err((what, error)) => Err(ServerError(format!(
                 "listening on unix:{}: {what}: {error}",
                 path.display()
-            ))
-        };
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)
-                .map_err(|error| failed("making the directory", &error))?;
+            ))),
         }
-        remove_stale(path).map_err(|error| failed("removing what was there", &error))?;
-        let listener = UnixListener::bind(path).map_err(|error| failed("binding", &error))?;
+    }
+
+    /// The listener with its file, or what failed.
+    fn make(path: &Path) -> Result<(UnixListener, FileId), (&'static str, io::Error)> {
+        let during = |what| move |error| (what, error);
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).map_err(during("making the directory"))?;
+        }
+        remove_stale(path).map_err(during("removing what was there"))?;
+        let listener = UnixListener::bind(path).map_err(during("binding"))?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o777))
-            .map_err(|error| failed("setting the mode", &error))?;
-        let made = fs::symlink_metadata(path).map_err(|error| failed("reading it back", &error))?;
+            .map_err(during("setting the mode"))?;
+        let made = fs::symlink_metadata(path).map_err(during("reading it back"))?;
         listener
             .set_nonblocking(true)
-            .map_err(|error| failed("making it non-blocking", &error))?;
-        Ok(Self::Unix {
-            listener,
-            path: path.to_owned(),
-            file: (made.dev(), made.ino()),
-        })
+            .map_err(during("making it non-blocking"))?;
+        Ok((listener, (made.dev(), made.ino())))
     }
 
     pub(super) fn tcp(listener: TcpListener) -> Result<Self, ServerError> {
@@ -92,8 +100,8 @@ impl Drop for Listener {
         let Self::Unix { path, file, .. } = self else {
             return;
         };
-        let still_ours = fs::symlink_metadata(&*path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == (file.0, file.1));
+        let still_ours =
+            fs::symlink_metadata(&*path).is_ok_and(|found| (found.dev(), found.ino()) == *file);
         if still_ours && let Err(error) = fs::remove_file(&*path) {
             warn!("removing unix:{}: {error}", path.display());
         }

@@ -17,7 +17,7 @@ use super::relay::Relay;
 use super::tls::{Contexts, Handshake, Role, Session};
 use crate::rpc::env::Rpc;
 use crate::spiffe::{Identity, SvidCell};
-use crate::sync::clock;
+use crate::sync::clock::{self, Now};
 use crate::sync::poll::WakeFd;
 use crate::sync::stop::Stop;
 use crate::sync::thread::Threads;
@@ -26,6 +26,8 @@ use crate::sync::watch::Watch;
 /// A connection that ends sooner counts as a failure of the peer, or one that
 /// accepts and closes at once would be dialled without a pause.
 const SETTLED: Duration = Duration::from_secs(1);
+/// Least time between two dials for the sake of a certificate's age.
+const RENEW_MIN: Duration = Duration::from_secs(30);
 /// Time for the relay to send the last bytes at the end.
 const RELAY_LIMIT: Duration = Duration::from_millis(500);
 
@@ -41,13 +43,18 @@ pub(super) struct Manager {
     current: Option<Current>,
     superseded: Vec<Superseded>,
     failures: u32,
+    /// No attempt before this, unless there is another identity.
     retry_at: Option<Instant>,
+    /// The generation of the last attempt's identity.
+    attempted: u64,
 }
 
 struct Current {
     connection: Arc<Connection>,
     changed: Receiver<()>,
     since: Instant,
+    /// When a new connection is due for the sake of the certificates' age.
+    renew_at: Instant,
 }
 
 /// An old connection whose calls may still end.
@@ -80,6 +87,7 @@ impl Manager {
             superseded: Vec::new(),
             failures: 0,
             retry_at: None,
+            attempted: 0,
         })
     }
 
@@ -89,9 +97,10 @@ impl Manager {
             let now = clock::now();
             self.check_current(now);
             self.retire(now);
-            if let Some(identity) = self.wanted()
-                && self.retry_at.is_none_or(|at| at <= now)
+            if let Some(identity) = self.wanted(now)
+                && self.may_dial(&identity, now)
             {
+                self.attempted = identity.generation;
                 match self.connect(&identity, stop) {
                     Ok(connection) => self.replace(connection),
                     Err(DialError::Stopped) => break,
@@ -99,18 +108,28 @@ impl Manager {
                 }
                 continue;
             }
-            self.wait(stop, &rotated);
+            self.wait(stop, &rotated, now);
         }
         self.end();
     }
 
     /// The identity to dial with, if a connection has to be made.
-    fn wanted(&self) -> Option<Arc<Identity>> {
+    fn wanted(&self, now: Instant) -> Option<Arc<Identity>> {
         let identity = self.svid.get()?;
         match &self.current {
-            Some(current) if Arc::ptr_eq(current.connection.identity(), &identity) => None,
+            Some(current)
+                if Arc::ptr_eq(current.connection.identity(), &identity)
+                    && now < current.renew_at =>
+            {
+                None
+            }
             _ => Some(identity),
         }
+    }
+
+    /// A new identity does not wait: the old one may be why attempts failed.
+    fn may_dial(&self, identity: &Identity, now: Instant) -> bool {
+        identity.generation != self.attempted || self.retry_at.is_none_or(|at| at <= now)
     }
 
     /// Gives up the present connection when it has ended or takes no calls.
@@ -178,6 +197,7 @@ impl Manager {
         self.supersede(now);
         self.current = Some(Current {
             changed: connection.link().state().subscribe(),
+            renew_at: renew_at(&connection, Now::read()),
             connection,
             since: now,
         });
@@ -216,18 +236,23 @@ impl Manager {
         )
     }
 
-    /// Waits for a reason to look again.
-    fn wait(&self, stop: &Stop, rotated: &Receiver<()>) {
+    /// Waits for a reason to look again after the look at `now`.
+    fn wait(&self, stop: &Stop, rotated: &Receiver<()>, now: Instant) {
         let none = never();
         let changed = self
             .current
             .as_ref()
             .map_or(&none, |current| &current.changed);
+        let dial_at = if self.wanted(now).is_some() {
+            self.retry_at
+        } else {
+            self.current.as_ref().map(|current| current.renew_at)
+        };
         let due = self
             .superseded
             .iter()
             .map(|old| old.until)
-            .chain(self.retry_at.filter(|_| self.wanted().is_some()))
+            .chain(dial_at)
             .min();
         let timer = due.map_or_else(never, crossbeam_channel::at);
         select! {
@@ -303,6 +328,14 @@ impl Manager {
         self.current = None;
         let _ = self.relay.stop_by(clock::now() + RELAY_LIMIT);
     }
+}
+
+/// Half the time that is left to the two certificates of the session: tokens on
+/// it expire with them, and NSM would have everything refreshed ever faster.
+fn renew_at(connection: &Connection, now: Now) -> Instant {
+    let own = connection.identity().svid.not_after;
+    let left = now.until(own.min(connection.peer().not_after));
+    now.mono + (left / 2).max(RENEW_MIN)
 }
 
 /// gRPC's socket pair: both ends non-blocking, closed on exec.

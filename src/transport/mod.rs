@@ -8,6 +8,7 @@
 //! not verified.
 
 mod accept;
+mod buffer;
 pub mod client;
 mod dial;
 pub mod error;

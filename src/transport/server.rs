@@ -112,8 +112,8 @@ impl TlsServer {
         peers: PeerTable,
         services: Vec<Service>,
     ) -> Result<Self, ServerError> {
-        let listener = Listener::bind_unix(&path)?;
         info!("listening on unix:{}", path.display());
+        let listener = Listener::bind_unix(path)?;
         Self::start_on(threads, rpc, svid, listener, peers, services)
     }
 
