@@ -176,6 +176,21 @@ impl Connector {
         }
     }
 
+    /// The present connection, for a thread that must not wait.
+    ///
+    /// # Errors
+    ///
+    /// `Deadline` with the present obstacle when there is none; `Stopped`.
+    pub fn current(&self) -> Result<Arc<Connection>, ConnectError> {
+        if self.shared.ended.is_set() {
+            return Err(ConnectError::Stopped);
+        }
+        let connection = self.shared.current.get();
+        connection
+            .filter(|connection| connection.is_usable())
+            .ok_or_else(|| ConnectError::Deadline(self.obstacle()))
+    }
+
     /// What stands in the way of a connection at present.
     fn obstacle(&self) -> String {
         match self.state.get() {
