@@ -40,7 +40,8 @@ pub struct Dataplane {
     released: BTreeMap<IfName, Option<IfIndex>>,
     /// Interfaces that the kernel did not take as ports.
     not_attached: BTreeSet<IfName>,
-    /// Peers told newly, whose neighbour entries may be a predecessor's.
+    /// Peers that a known connection has got since, whose neighbour entries may
+    /// be of who had the address before.
     stale: BTreeSet<IpAddr>,
     /// Families whose next hops are known to us; the route of another is left
     /// as a predecessor left it.
@@ -104,12 +105,11 @@ impl Dataplane {
         };
         self.released.remove(&port.ifname);
         let old = self.ports.insert(key, port.clone());
-        let known = old.as_ref().map(|old| &old.peers);
-        self.stale.extend(
-            port.peers
-                .iter()
-                .filter(|peer| known.is_none_or(|known| !known.contains(peer))),
-        );
+        // Peers of a new port are forgotten when it is attached; one that is
+        // attached already was a predecessor's, and so are its neighbours.
+        if let Some(old) = &old {
+            self.stale.extend(port.peers.difference(&old.peers));
+        }
         match old {
             Some(old) if old.ifname != port.ifname => self.release(old),
             _ => self.forget_strangers(),
@@ -229,7 +229,7 @@ impl Dataplane {
                 .or_insert_with(|| PortIntent::Attach {
                     peers: BTreeSet::new(),
                 }) {
-                PortIntent::Attach { peers } => peers.extend(&port.peers),
+                PortIntent::Attach { peers } => peers.extend(self.neighbours(port)),
                 PortIntent::Detach => {}
             }
         }
@@ -248,12 +248,13 @@ impl Dataplane {
         warnings: &mut BTreeSet<Warning>,
     ) -> PerFamily<RouteIntent> {
         let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
+        let bridge = observed.bridge().map(|link| link.index);
         for (key, port) in self.lbs() {
+            let refused = self.not_attached.contains(&port.ifname);
             let carries = may_be_port(&port.ifname)
-                && !self.not_attached.contains(&port.ifname)
-                && observed
-                    .named(&port.ifname)
-                    .is_some_and(|link| link.up && link.carrier);
+                && observed.named(&port.ifname).is_some_and(|link| {
+                    link.up && link.carrier && (!refused || link.master == bridge)
+                });
             for address in &port.peers {
                 match self.hop(*address, observed) {
                     Ok(true) if carries => {
@@ -306,19 +307,19 @@ impl Dataplane {
         if prefix.ip() == address || observed.is_local(address) {
             return Err(HopRefusal::Own);
         }
-        let no_host = match family {
-            Family::V4 => {
-                prefix.prefix() <= 30
-                    && (address == prefix.network() || address == prefix.broadcast())
-            }
-            // RFC 4291 2.6.1: the subnet-router anycast address, which is
-            // local to every forwarding node, this one included.
-            Family::V6 => prefix.prefix() < 127 && address == prefix.network(),
-        };
-        if no_host {
-            return Err(HopRefusal::NoHost(prefix));
+        // Judged by the subnets that the bridge still has, too: while its
+        // address changes it has two.
+        let seen = observed
+            .bridge()
+            .into_iter()
+            .flat_map(|bridge| observed.addresses_of(bridge.index, family));
+        match seen
+            .chain([&prefix])
+            .find(|prefix| is_no_host(address, **prefix))
+        {
+            Some(prefix) => Err(HopRefusal::NoHost(*prefix)),
+            None => Ok(true),
         }
-        Ok(true)
     }
 
     fn rule_sources(
@@ -346,17 +347,22 @@ impl Dataplane {
         Some(sources)
     }
 
+    /// The peers of a port that can be neighbours on the bridge. A target's
+    /// may have VIPs among them.
+    fn neighbours<'a>(&'a self, port: &'a Port) -> impl Iterator<Item = IpAddr> + 'a {
+        port.peers.iter().copied().filter(|peer| {
+            self.prefixes
+                .get((*peer).into())
+                .is_some_and(|prefix| prefix.contains(*peer))
+        })
+    }
+
     fn neighbours_to_forget(&self, observed: &Observed) -> BTreeSet<IpAddr> {
-        let behind_a_link: BTreeSet<&IpAddr> = self
-            .ports
+        self.ports
             .values()
-            .filter(|port| observed.named(&port.ifname).is_some())
-            .flat_map(|port| &port.peers)
-            .collect();
-        self.stale
-            .iter()
-            .filter(|peer| behind_a_link.contains(peer))
-            .copied()
+            .filter(|port| may_be_port(&port.ifname) && observed.named(&port.ifname).is_some())
+            .flat_map(|port| self.neighbours(port))
+            .filter(|peer| self.stale.contains(peer))
             .collect()
     }
 }
@@ -364,6 +370,18 @@ impl Dataplane {
 /// The bridge itself and the loopback cannot be ports, whoever says so.
 fn may_be_port(name: &IfName) -> bool {
     name.as_str() != BRIDGE && name.as_str() != "lo"
+}
+
+/// Whether the address stands for the subnet and not for a host in it.
+fn is_no_host(address: IpAddr, prefix: IpNetwork) -> bool {
+    match prefix {
+        IpNetwork::V4(_) => {
+            prefix.prefix() <= 30 && (address == prefix.network() || address == prefix.broadcast())
+        }
+        // RFC 4291 2.6.1: the subnet-router anycast address, which is local to
+        // every forwarding node, this one included.
+        IpNetwork::V6(_) => prefix.prefix() < 127 && address == prefix.network(),
+    }
 }
 
 /// The first of `own` that `vip` (masked) covers.

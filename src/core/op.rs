@@ -176,6 +176,9 @@ impl fmt::Display for KernelOp {
                 }
                 Ok(())
             }
+            Self::DeleteRoute { family, metric: 0 } => {
+                write!(f, "{} route del unicast default table {TABLE}", ip(*family))
+            }
             Self::DeleteRoute { family, metric } => write!(
                 f,
                 "{} route del default table {TABLE} metric {metric}",

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::core::op::KernelOp;
+
 /// Why the kernel could not be asked, or the kernel side not be started.
 #[derive(Debug)]
 pub struct KernelError(pub String);
@@ -35,6 +37,34 @@ pub enum OpError {
     },
     /// It is not known whether it was done: the answer was lost.
     Unknown(String),
+}
+
+impl OpError {
+    /// Success where the refusal says that the wish is fulfilled already.
+    ///
+    /// # Errors
+    ///
+    /// The refusal itself where it does not.
+    pub fn unless_fulfilled(self, op: &KernelOp) -> Result<(), Self> {
+        let Self::Refused { errno, .. } = &self else {
+            return Err(self);
+        };
+        let fulfilled = match op {
+            KernelOp::CreateBridge { .. } | KernelOp::AddAddress { .. } => *errno == libc::EEXIST,
+            KernelOp::RemoveAddress { .. } => [libc::EADDRNOTAVAIL, libc::ENODEV].contains(errno),
+            KernelOp::Detach { .. } => *errno == libc::ENODEV,
+            KernelOp::ForgetNeighbour { .. } => [libc::ENOENT, libc::ENODEV].contains(errno),
+            KernelOp::DeleteRoute { .. } | KernelOp::DeleteRule(_) => {
+                [libc::ENOENT, libc::ESRCH].contains(errno)
+            }
+            KernelOp::BridgeUp { .. }
+            | KernelOp::Attach { .. }
+            | KernelOp::Unreachable { .. }
+            | KernelOp::ReplaceRoute { .. }
+            | KernelOp::AddRule { .. } => false,
+        };
+        if fulfilled { Ok(()) } else { Err(self) }
+    }
 }
 
 impl fmt::Display for OpError {

@@ -11,6 +11,8 @@ pub mod netlink;
 mod properties;
 pub mod sysctl;
 mod worker;
+#[cfg(test)]
+mod worker_tests;
 
 use std::sync::Arc;
 use std::time::Instant;

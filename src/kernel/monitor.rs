@@ -6,7 +6,7 @@ use crossbeam_channel::Sender;
 use log::{error, warn};
 
 use super::NetMsg;
-use super::netlink::decode::{Notice, notice};
+use super::netlink::decode::{Notice, is_link, notice};
 use super::netlink::frame::frames;
 use super::netlink::socket::EventSocket;
 use crate::sync::poll::{self, WakeFd};
@@ -73,9 +73,12 @@ fn read(socket: &mut EventSocket, own_port: u32) -> io::Result<Burst> {
         match socket.receive() {
             Ok(datagram) => {
                 for frame in frames(datagram) {
+                    if frame.port == own_port && !is_link(&frame) {
+                        continue;
+                    }
                     match notice(&frame) {
                         Notice::Link(fact) => burst.messages.push(NetMsg::Link(fact)),
-                        Notice::State => burst.foreign |= frame.port != own_port,
+                        Notice::State => burst.foreign = true,
                         Notice::Nothing => {}
                     }
                 }

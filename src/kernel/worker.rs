@@ -180,16 +180,18 @@ impl<K: Rtnl> Net<K> {
     }
 
     /// Operations, round after round, until nothing is left to do that did not
-    /// fail in this turn. Whether any was done, and whether any failed.
+    /// fail in this turn. Whether any was done, and whether to try again.
     fn rounds(&mut self, now: Instant) -> (bool, bool) {
         let mut failed: BTreeMap<KernelOp, OpError> = BTreeMap::new();
         let mut done = false;
+        let mut at_rest = false;
         for _ in 0..ROUNDS {
             let desired = self.dataplane.desired(&self.observed);
             let mut ops = plan::diff(&self.observed, &desired);
             self.warn(desired);
             ops.retain(|op| !failed.contains_key(op));
             if ops.is_empty() {
+                at_rest = true;
                 break;
             }
             let mut look_again = false;
@@ -212,9 +214,12 @@ impl<K: Rtnl> Net<K> {
                 self.resync(now);
             }
         }
-        let any_failed = !failed.is_empty();
+        if !at_rest {
+            error!("the kernel's state did not come to rest in {ROUNDS} rounds, to be tried again");
+        }
+        let again = !failed.is_empty() || !at_rest;
         self.refused = failed;
-        (done, any_failed)
+        (done, again)
     }
 
     fn succeeded(&mut self, op: &KernelOp) {
@@ -233,9 +238,12 @@ impl<K: Rtnl> Net<K> {
     }
 
     fn failed(&mut self, op: &KernelOp, error: &OpError) {
-        self.dataplane.failed(op);
+        // Whether a lost answer was a refusal, the next dump tells.
+        if matches!(error, OpError::Refused { .. }) {
+            self.dataplane.failed(op);
+        }
         if self.refused.get(op) != Some(error) {
-            error!("failed, to be tried again: {op}: {error}");
+            warn!("failed, to be tried again: {op}: {error}");
         }
     }
 

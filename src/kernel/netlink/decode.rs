@@ -53,6 +53,12 @@ pub enum Notice {
     Nothing,
 }
 
+/// Whether an event is about a link.
+#[must_use]
+pub fn is_link(frame: &Frame<'_>) -> bool {
+    matches!(frame.kind, RTM_NEWLINK | RTM_DELLINK)
+}
+
 /// Reads an event. Only the fields that we need are read of a link: it is
 /// eight times faster than the crate's full parse, and robust against
 /// attributes of later kernels.

@@ -3,6 +3,8 @@
 pub mod decode;
 pub mod encode;
 pub mod frame;
+#[cfg(test)]
+mod golden;
 pub mod socket;
 
 use std::collections::BTreeMap;
@@ -40,7 +42,7 @@ impl Netlink {
     }
 
     /// Reads a part of the state with `read`, again while it changes under our
-    /// hands. A table that does not exist is empty.
+    /// hands. A table or a family that does not exist is empty.
     fn dump<T>(
         &mut self,
         what: Dump,
@@ -60,8 +62,10 @@ impl Netlink {
             match outcome {
                 Ok(true) => return Ok(found),
                 Ok(false) => {}
+                // No such table; no such family in this kernel.
                 Err(OpError::Refused { errno, .. })
-                    if errno == libc::ENOENT && matches!(what, Dump::Routes(_)) =>
+                    if [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&errno)
+                        && what != Dump::Links =>
                 {
                     return Ok(Vec::new());
                 }
@@ -114,7 +118,7 @@ impl Netlink {
         ops.iter()
             .zip(&sequences)
             .map(|(op, sequence)| match (refusals.remove(sequence), &sent) {
-                (Some(error), _) => tolerate(op, error),
+                (Some(error), _) => error.unless_fulfilled(op),
                 (None, Ok(())) => Ok(()),
                 (None, Err(error)) => Err(OpError::Unknown(error.to_string())),
             })
@@ -172,26 +176,4 @@ fn size_bound(op: &KernelOp) -> usize {
         KernelOp::ReplaceRoute { hops, .. } => 128 + 32 * hops.len(),
         _ => 256,
     }
-}
-
-/// Refusals that say that the wish is fulfilled already.
-fn tolerate(op: &KernelOp, error: OpError) -> Result<(), OpError> {
-    let OpError::Refused { errno, .. } = &error else {
-        return Err(error);
-    };
-    let fulfilled = match op {
-        KernelOp::CreateBridge { .. } | KernelOp::AddAddress { .. } => *errno == libc::EEXIST,
-        KernelOp::RemoveAddress { .. } => [libc::EADDRNOTAVAIL, libc::ENODEV].contains(errno),
-        KernelOp::Detach { .. } => *errno == libc::ENODEV,
-        KernelOp::ForgetNeighbour { .. } => [libc::ENOENT, libc::ENODEV].contains(errno),
-        KernelOp::DeleteRoute { .. } | KernelOp::DeleteRule(_) => {
-            [libc::ENOENT, libc::ESRCH].contains(errno)
-        }
-        KernelOp::BridgeUp { .. }
-        | KernelOp::Attach { .. }
-        | KernelOp::Unreachable { .. }
-        | KernelOp::ReplaceRoute { .. }
-        | KernelOp::AddRule { .. } => false,
-    };
-    if fulfilled { Ok(()) } else { Err(error) }
 }
