@@ -30,6 +30,10 @@ const PARAMETER_NAME: &str = "name";
 const PARAMETER_NETNS: &str = "inodeURL";
 const PAYLOAD: &str = "ETHERNET";
 
+/// Addresses of one peer that are taken as next hops. One of each family is
+/// what there is; a peer must not be able to fill the route.
+const PEERS_MOST: usize = 16;
+
 /// What stays the same through the life of a connection.
 #[derive(Debug, Clone)]
 pub(super) struct Template {
@@ -187,11 +191,18 @@ impl Template {
     }
 
     /// The connection of ours in a monitor's first event, if nsmgr has it and
-    /// could find it by its path.
+    /// could find it by its path. Of several, which answers that were lost can
+    /// leave, one that is up, and always the same.
     pub(super) fn find_own(&self, event: ConnectionEvent) -> Option<Connection> {
-        event.connections.into_values().find(|connection| {
+        let own = |connection: &Connection| {
             path::belongs_to(connection, &self.id) && self.is_closable(connection)
-        })
+        };
+        event
+            .connections
+            .into_iter()
+            .filter(|(_, connection)| own(connection))
+            .min_by_key(|(key, connection)| (connection.state != State::UP.into(), key.clone()))
+            .map(|(_, connection)| connection)
     }
 
     /// The interface of a connection that nsmgr reports as up, in this network
@@ -202,13 +213,14 @@ impl Template {
         interface(connection).ok().filter(|_| here && up)
     }
 
-    /// What an event says of this connection, if anything.
-    pub(super) fn monitored(&self, event: &ConnectionEvent) -> Option<Monitored> {
+    /// What an event says of this connection, if anything. `at_nsmgr` is the
+    /// id of nsmgr's segment of it: an answer that was lost can have left
+    /// another connection with our id there, whose end is not ours.
+    pub(super) fn monitored(&self, event: &ConnectionEvent, at_nsmgr: &str) -> Option<Monitored> {
         let kind = event.type_.enum_value().ok()?;
-        let own = event
-            .connections
-            .values()
-            .find(|connection| path::belongs_to(connection, &self.id));
+        let own = event.connections.values().find(|connection| {
+            path::belongs_to(connection, &self.id) && path::nsmgr_id(connection) == at_nsmgr
+        });
         match (own, kind) {
             (Some(_), ConnectionEventType::DELETE) => Some(Monitored::Deleted),
             (Some(connection), _) => match connection.state.enum_value() {
@@ -261,6 +273,9 @@ fn parse(text: &str) -> Result<IpNetwork, Unusable> {
 /// next hop would make the kernel refuse the route to all.
 fn peers(texts: &[String], addresses: &Addresses) -> Result<BTreeSet<IpAddr>, Unusable> {
     let mut peers = BTreeSet::new();
+    if texts.len() > PEERS_MOST {
+        return Err(Unusable::TooMany(texts.len()));
+    }
     for text in texts {
         let peer = parse(text)?.ip();
         let lease = addresses.leases.get(Family::from(peer)).as_ref();

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never, select};
-use log::{debug, error, info, warn};
+use log::{debug, info, warn};
 
 use super::LbOptions;
 use super::client::{Leases, Nsmgr, Stream};
 use super::convert::{self, Template};
+use super::error;
 use super::ifname;
 use super::lb_worker::{LbWorker, Shared};
 use crate::core::ids::EndpointName;
@@ -58,8 +59,13 @@ enum Turn {
 }
 
 impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
-    pub(super) fn new(threads: Threads, shared: Shared<N, L>, options: LbOptions) -> Self {
-        let now = clock::now();
+    /// `now` begins the time of the first list.
+    pub(super) fn new(
+        threads: Threads,
+        shared: Shared<N, L>,
+        options: LbOptions,
+        now: Instant,
+    ) -> Self {
         Self {
             threads,
             shared,
@@ -203,7 +209,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match self.mesh.seen(&sighting, now.mono) {
             Ok(action) => self.act(action),
             Err(why) => {
-                let name = sighting.name;
+                let name = error::start(&sighting.name).to_owned();
                 if self.refused.len() < REFUSED_MOST && self.refused.insert(name.clone()) {
                     warn!("endpoint {name:?} is not connected: {why}");
                 }
@@ -256,7 +262,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
                 self.sessions.insert(name, session);
             }
             Err(error) => {
-                error!("cannot start {thread} for LB {name}: {error}");
+                log::error!("cannot start {thread} for LB {name}: {error}");
                 // The next answer of the registry tries again.
                 let _ = self.mesh.ended(&name, clock::now());
             }

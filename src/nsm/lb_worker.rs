@@ -12,7 +12,7 @@ use super::client::{Leases, Nsmgr, Stream};
 use super::convert::{self, Template};
 use super::ifname;
 use super::netns::Netns;
-use super::port;
+use super::path;
 use crate::core::event::Event;
 use crate::core::ids::{IfName, LeaseId};
 use crate::core::lb_session::{
@@ -46,7 +46,7 @@ pub(super) struct Shared<N, L> {
     /// When the last Close has to be over, once the daemon stops.
     pub(super) close_by: Arc<OnceLock<Instant>>,
     /// Whether an interface is a port of the bridge and belongs to the
-    /// connection with this id; tests stand in for the kernel.
+    /// connection with this id.
     pub(super) is_in_place: fn(&IfName, &str) -> bool,
 }
 
@@ -60,6 +60,10 @@ pub(super) struct LbWorker<N, L> {
     addresses: Option<Addresses>,
     /// Something may hold the lease.
     leased: bool,
+    /// nsmgr's id of the connection, by its last answer.
+    at_nsmgr: String,
+    /// What `net` was told last.
+    reported: Option<Event>,
     /// The last complaint, so that an outage is one warning.
     complaint: Option<String>,
     /// In place of the order to stop, once it has been given: what is done
@@ -81,6 +85,8 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             watch: None,
             addresses: None,
             leased: false,
+            at_nsmgr: String::new(),
+            reported: None,
             complaint: None,
             last: stop_pair(),
             stopping: false,
@@ -125,8 +131,13 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         LeaseId::new(self.template.id.as_str())
     }
 
-    fn report(&self, event: Event) {
-        info!("{event}");
+    fn report(&mut self, event: Event) {
+        if self.reported.as_ref() == Some(&event) {
+            debug!("{event}, still");
+        } else {
+            info!("{event}");
+            self.reported = Some(event.clone());
+        }
         self.shared.net.tell(event);
     }
 
@@ -204,7 +215,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let addresses = match self.acquire(&plan, stop) {
             Ok(addresses) => addresses,
             Err(error) => {
-                self.complain(format!("no addresses from IPAM: {error:?}"));
+                self.complain(format!("no addresses from IPAM: {error}"));
                 return Err(Failure::NotSent);
             }
         };
@@ -240,6 +251,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let copy = connection.clone();
         match self.template.check(connection, addresses, clock::wall()) {
             Ok(established) => {
+                path::nsmgr_id(&established.connection).clone_into(&mut self.at_nsmgr);
                 if let Some(complaint) = self.complaint.take() {
                     info!(id = self.template.id; "well again after: {complaint}");
                 }
@@ -272,7 +284,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             Err(error) => match known {
                 Some(addresses) => {
                     self.complain(format!(
-                        "IPAM did not renew the addresses, they are kept: {error:?}"
+                        "IPAM did not renew the addresses, they are kept: {error}"
                     ));
                     Ok(addresses)
                 }
@@ -341,7 +353,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let now = clock::now();
         match item {
             Some(Item::Message(event)) => {
-                let Some(said) = self.template.monitored(&event) else {
+                let Some(said) = self.template.monitored(&event, &self.at_nsmgr) else {
                     return;
                 };
                 if said != Monitored::Up {
@@ -399,9 +411,4 @@ fn failure(error: &RpcError) -> Failure<Connection> {
         }
         Some(_) => Failure::Refused,
     }
-}
-
-/// The check of interfaces for the real kernel.
-pub(super) fn is_in_place(ifname: &IfName, id: &str) -> bool {
-    port::is_in_place(ifname, id)
 }

@@ -26,8 +26,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, bounded};
 
 use crate::core::family::IpFamilies;
+use crate::core::ids::IfName;
 use crate::ipam::IpamHandle;
 use crate::kernel::NetHandle;
+use crate::sync::clock;
 use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
 use caller::NsmCaller;
 use client::{Leases, Nsmgr};
@@ -55,6 +57,16 @@ pub struct LbOptions {
     pub families: IpFamilies,
 }
 
+/// What tests stand in for.
+#[derive(Clone, Copy)]
+struct Surroundings {
+    /// Whether an interface is a port of the bridge and belongs to the
+    /// connection with this id.
+    is_in_place: fn(&IfName, &str) -> bool,
+    /// When the mesh began.
+    begun: Instant,
+}
+
 /// The full mesh: thread `lb-watch` and a thread `lb:N` for each LB.
 #[derive(Debug)]
 pub struct LbMesh {
@@ -79,7 +91,11 @@ impl LbMesh {
         net: NetHandle,
         options: LbOptions,
     ) -> std::io::Result<Self> {
-        Self::start_with(threads, caller, ipam, net, options, lb_worker::is_in_place)
+        let real = Surroundings {
+            is_in_place: port::is_in_place,
+            begun: clock::now(),
+        };
+        Self::start_with(threads, caller, ipam, net, options, real)
     }
 
     fn start_with<N: Nsmgr, L: Leases>(
@@ -88,7 +104,7 @@ impl LbMesh {
         leases: L,
         net: NetHandle,
         options: LbOptions,
-        is_in_place: fn(&crate::core::ids::IfName, &str) -> bool,
+        surroundings: Surroundings,
     ) -> std::io::Result<Self> {
         let close_by = Arc::new(OnceLock::new());
         let shared = Shared {
@@ -98,12 +114,12 @@ impl LbMesh {
             netns: Arc::new(Netns::own()?),
             request_timeout: options.request_timeout,
             close_by: Arc::clone(&close_by),
-            is_in_place,
+            is_in_place: surroundings.is_in_place,
         };
         let (tx, sessions) = bounded(1);
         let spawner = threads.clone();
         let watch = threads.spawn("lb-watch", STACK_SMALL, move |stop| {
-            let left = LbWatch::new(spawner, shared, options).run(&stop);
+            let left = LbWatch::new(spawner, shared, options, surroundings.begun).run(&stop);
             let _ = tx.send(left);
         })?;
         Ok(Self {

@@ -32,6 +32,12 @@ pub(super) fn belongs_to(connection: &Connection, id: &str) -> bool {
     path.index <= 1 && path.path_segments.first().is_some_and(|own| own.id == id)
 }
 
+/// The id of nsmgr's segment; empty if there is none.
+pub(super) fn nsmgr_id(connection: &Connection) -> &str {
+    let nsmgr = connection.path.path_segments.get(1);
+    nsmgr.map_or("", |nsmgr| nsmgr.id.as_str())
+}
+
 /// Whether nsmgr can find the connection by its path: it knows it by the
 /// second segment.
 pub(super) fn is_known_to_nsmgr(path: &Path, client: &str, id: &str) -> bool {

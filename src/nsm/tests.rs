@@ -14,11 +14,12 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use super::client::{Leases, Nsmgr, Stream};
 use super::convert::Template;
 use super::netns::Netns;
-use super::{LbMesh, LbOptions};
+use super::{LbMesh, LbOptions, Surroundings};
 use crate::core::event::Event;
 use crate::core::family::{IpFamilies, PerFamily};
 use crate::core::ids::{EndpointName, IfName, LeaseId, PortKey};
 use crate::core::lease::{Addresses, Lease};
+use crate::core::mesh;
 use crate::ipam::IpamError;
 use crate::kernel::{NetHandle, NetMsg};
 use crate::proto::connection::{
@@ -177,14 +178,14 @@ impl Nsmgr for FakeNsmgr {
 #[derive(Clone)]
 struct FakeIpam {
     released: Sender<LeaseId>,
-    acquired: Arc<Mutex<Vec<LeaseId>>>,
+    acquired: Sender<LeaseId>,
     /// What acquiring answers from now on.
     answer: Arc<Mutex<Result<Addresses, IpamError>>>,
 }
 
 impl Leases for FakeIpam {
     fn acquire(&self, id: LeaseId, _: Instant, _: &Stop) -> Result<Addresses, IpamError> {
-        self.acquired.lock().push(id);
+        self.acquired.send(id).unwrap();
         self.answer.lock().clone()
     }
 
@@ -212,7 +213,7 @@ impl<T> Feed<T> {
         self.items.send(Item::Message(message)).unwrap();
     }
 
-    fn end(self, how: Result<(), StreamError>) {
+    fn end(&self, how: Result<(), StreamError>) {
         self.items.send(Item::Ended(how)).unwrap();
     }
 
@@ -229,27 +230,39 @@ struct World {
     mesh: LbMesh,
     facts: Receiver<NetMsg>,
     released: Receiver<LeaseId>,
+    acquired: Receiver<LeaseId>,
     ipam: FakeIpam,
     registry: Feed<NetworkServiceEndpointResponse>,
 }
 
 fn world() -> World {
-    world_with(Duration::from_secs(15), |_, _| false)
+    world_with(Surroundings {
+        is_in_place: |_, _| false,
+        begun: clock::now(),
+    })
 }
 
-fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool) -> World {
+fn world_in_place(is_in_place: fn(&IfName, &str) -> bool) -> World {
+    world_with(Surroundings {
+        is_in_place,
+        begun: clock::now(),
+    })
+}
+
+fn world_with(surroundings: Surroundings) -> World {
     let (call_tx, calls) = bounded(64);
     let (fact_tx, facts) = bounded(64);
     let (release_tx, released) = bounded(64);
+    let (acquire_tx, acquired) = bounded(64);
     let ipam = FakeIpam {
         released: release_tx,
-        acquired: Arc::default(),
+        acquired: acquire_tx,
         answer: Arc::new(Mutex::new(Ok(addresses()))),
     };
     let options = LbOptions {
         name: CLIENT.to_owned(),
         network_service: SERVICE.to_owned(),
-        request_timeout,
+        request_timeout: Duration::from_secs(15),
         mtu: 1500,
         families: IpFamilies::Dual,
     };
@@ -259,7 +272,7 @@ fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool)
         ipam.clone(),
         NetHandle::new(fact_tx),
         options,
-        is_in_place,
+        surroundings,
     )
     .unwrap();
     let registry = find(&calls, true);
@@ -268,6 +281,7 @@ fn world_with(request_timeout: Duration, is_in_place: fn(&IfName, &str) -> bool)
         calls,
         facts,
         released,
+        acquired,
         ipam,
         registry,
     }
@@ -363,6 +377,7 @@ impl World {
             calls,
             facts,
             released,
+            acquired,
             ipam,
             registry,
         } = self;
@@ -372,6 +387,7 @@ impl World {
             calls,
             facts,
             released,
+            _acquired: acquired,
             _ipam: ipam,
             _registry: registry,
         };
@@ -384,6 +400,7 @@ struct Rest {
     calls: Receiver<Call>,
     facts: Receiver<NetMsg>,
     released: Receiver<LeaseId>,
+    _acquired: Receiver<LeaseId>,
     _ipam: FakeIpam,
     _registry: Feed<NetworkServiceEndpointResponse>,
 }
@@ -441,7 +458,8 @@ fn an_lb_is_connected_and_closed_when_the_mesh_stops() {
     let world = world();
     let (connection, watch) = world.connects("lb-1");
     assert_eq!(connection.id, id("lb-1"));
-    assert_eq!(*world.ipam.acquired.lock(), [LeaseId::new(id("lb-1"))]);
+    assert_eq!(world.acquired.try_recv(), Ok(LeaseId::new(id("lb-1"))));
+    assert!(world.acquired.is_empty(), "once for a Request");
 
     let (stopped, rest) = world.stopping(PATIENCE);
     watch.expect_dropped();
@@ -591,7 +609,7 @@ fn the_end_of_a_stream_changes_nothing_and_foreign_events_neither() {
     let refreshed = answer(&request);
     reply.send(Ok(refreshed.clone())).unwrap();
     world.expect_port("lb-1", &refreshed);
-    assert_eq!(world.ipam.acquired.lock().len(), 2, "every refresh renews");
+    assert_eq!(world.acquired.len(), 2, "every refresh renews");
 }
 
 #[test]
@@ -641,9 +659,7 @@ fn predecessors() -> Connection {
 
 #[test]
 fn a_predecessors_port_that_is_in_place_is_taken_over() {
-    let world = world_with(Duration::from_secs(15), |name, of| {
-        name.as_str() == "load-balan-old0" && of == id("lb-1")
-    });
+    let world = world_in_place(|name, of| name.as_str() == "load-balan-old0" && of == id("lb-1"));
     let old = predecessors();
     world.registers("lb-1");
     world.monitor("lb-1", &[shown(&old, State::UP)]);
@@ -687,7 +703,7 @@ fn a_predecessors_port_is_rebuilt_if_anything_differs() {
     ];
     for (in_place, prepare, why) in cases {
         let world = if in_place {
-            world_with(Duration::from_secs(15), |_, _| true)
+            world_in_place(|_, _| true)
         } else {
             world()
         };
@@ -738,36 +754,53 @@ fn an_lb_that_returns_waits_for_the_close_of_the_old_connection() {
 
 #[test]
 fn the_registrys_stream_is_opened_again_and_lbs_stay() {
-    let World {
-        mesh,
-        calls,
-        facts,
-        released,
-        ipam,
-        registry,
-    } = world();
-    let world = World {
-        registry: {
-            registry.end(Ok(()));
-            find(&calls, true)
-        },
-        mesh,
-        calls,
-        facts,
-        released,
-        ipam,
-    };
+    let mut world = world();
+    world.registry.end(Ok(()));
+    world.registry = find(&world.calls, true);
     let (_, watch) = world.connects("lb-1");
-    let World {
-        calls, registry, ..
-    } = &world;
-    registry
-        .items
-        .send(Item::Ended(Err(StreamError::Lagged)))
-        .unwrap();
-    let again = find(calls, true);
-    again.message(endpoint("lb-1", false));
-    again.message(endpoint("evil\nname", false));
-    again.message(NetworkServiceEndpointResponse::default());
-    assert!(watch.dropped.is_empty() && world.facts.try_recv().is_err());
+    world.registry.end(Err(StreamError::Lagged));
+    world.registry = find(&world.calls, true);
+    world.registers("lb-1");
+    world.registers("evil\nname");
+    world
+        .registry
+        .message(NetworkServiceEndpointResponse::default());
+    // Another LB shows that all this has been read.
+    let (_, _other) = world.connects("lb-2");
+    assert_eq!(
+        watch.dropped.try_recv(),
+        Err(crossbeam_channel::TryRecvError::Empty)
+    );
+    assert!(world.facts.is_empty());
+}
+
+#[test]
+fn the_registry_is_asked_for_the_full_list_too() {
+    let mut world = world_with(Surroundings {
+        is_in_place: |_, _| false,
+        // Long enough ago for the first list to be due.
+        begun: clock::now().checked_sub(mesh::LIST_INTERVAL).unwrap(),
+    });
+    let list = find(&world.calls, false);
+    list.message(endpoint("lb-1", false));
+    world.monitor("lb-1", &[]);
+    let (_, _reply) = world.request();
+    list.end(Ok(()));
+    list.expect_dropped();
+    // The watch goes on.
+    world.registry.end(Ok(()));
+    world.registry = find(&world.calls, true);
+}
+
+#[test]
+fn the_end_of_a_connection_that_a_lost_answer_left_is_not_ours() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    let mut orphan = shown(&connection, State::UP);
+    orphan.path.mut_or_insert_default().path_segments[1].id = "orphan".to_owned();
+    watch.message(event(ConnectionEventType::DELETE, &[orphan]));
+    watch.message(update(&connection, State::REFRESH_REQUESTED));
+    let (request, _reply) = world.request();
+    assert_eq!(request.connection.state, State::UP.into());
+    assert!(world.facts.is_empty());
 }

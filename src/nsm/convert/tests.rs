@@ -171,7 +171,7 @@ fn a_good_answer_gives_interface_peers_and_lives() {
 
 #[test]
 fn hostile_answers_are_refused_with_the_reason() {
-    let cases: [(Change, &str); 21] = [
+    let cases: [(Change, &str); 22] = [
         (|c| c.id = "other".to_owned(), "id is \"other\""),
         (|c| c.path = MessageField::none(), "begins with []"),
         (
@@ -216,9 +216,13 @@ fn hostile_answers_are_refused_with_the_reason() {
                 let parameters = &mut c.mechanism.mut_or_insert_default().parameters;
                 parameters.insert("name".to_owned(), "x".repeat(10_000));
             },
-            "no interface name",
+            "the mechanism \"xxx",
         ),
         (|c| ip(c).dst_ip_addrs.clear(), "no IPv4 address"),
+        (
+            |c| ip(c).dst_ip_addrs = vec!["172.16.0.4/24".to_owned(); 17],
+            "the peer has 17 addresses",
+        ),
         (|c| ip(c).dst_ip_addrs.truncate(1), "no IPv6 address"),
         (
             |c| ip(c).dst_ip_addrs[0] = "172.16.0.4/33".to_owned(),
@@ -282,6 +286,13 @@ fn foreign() -> Connection {
     connection
 }
 
+/// Our id, but another connection at nsmgr.
+fn orphan() -> Connection {
+    let mut connection = shown(State::DOWN);
+    connection.path.mut_or_insert_default().path_segments[1].id = "orphan".to_owned();
+    connection
+}
+
 fn event(kind: ConnectionEventType, connections: Vec<Connection>) -> ConnectionEvent {
     let numbered = connections.into_iter().enumerate();
     ConnectionEvent {
@@ -319,13 +330,19 @@ fn monitor_events_are_read_by_the_first_segment() {
         (UPDATE, vec![unknown_state], Some(Monitored::Up)),
         (DELETE, vec![shown(State::UP)], Some(Monitored::Deleted)),
         (DELETE, vec![foreign()], None),
+        (DELETE, vec![orphan()], None),
+        (INITIAL, vec![orphan()], Some(Monitored::Absent)),
     ] {
         let event = event(kind, connections);
-        assert_eq!(template().monitored(&event), expected, "{event:?}");
+        assert_eq!(
+            template().monitored(&event, "nsmgr-segment"),
+            expected,
+            "{event:?}"
+        );
     }
     let mut unknown_type = event(UPDATE, vec![shown(State::DOWN)]);
     unknown_type.type_ = protobuf::EnumOrUnknown::from_i32(9);
-    assert_eq!(template().monitored(&unknown_type), None);
+    assert_eq!(template().monitored(&unknown_type, "nsmgr-segment"), None);
 }
 
 #[test]
@@ -333,6 +350,8 @@ fn a_predecessors_connection_is_found_and_judged() {
     let initial = |connections| event(ConnectionEventType::INITIAL_STATE_TRANSFER, connections);
     let find = |connection: Connection| template().find_own(initial(vec![foreign(), connection]));
     let found = find(shown(State::UP)).unwrap();
+    let several = initial(vec![orphan(), shown(State::UP), orphan()]);
+    assert_eq!(template().find_own(several), Some(shown(State::UP)));
     assert_eq!(
         template().interface_of_up(&found),
         Some(name("load-balan-aZ09"))
