@@ -184,6 +184,8 @@ fn redirect(policies: Vec<Policy>, addresses: &Addresses) -> Vec<Policy> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::family::PerFamily;
     use super::*;
 
@@ -375,4 +377,34 @@ mod tests {
         assert_eq!(told.src, ["20.0.0.1/32", "172.16.0.1/24"]);
         assert_eq!(told.dst, ["172.16.0.2/24"]);
     }
+
+    proptest! {
+        /// Whatever a target says, it is told its leases and gateways, keeps
+        /// each VIP that is none of the old ones, and is told the same again.
+        #[test]
+        fn an_answer_is_complete_and_stable(
+            src in prop::collection::vec(0u8..8, 0..6),
+            dst in prop::collection::vec(0u8..8, 0..6),
+            old in prop::collection::vec(0u8..4, 0..3),
+        ) {
+            let address = |n: &u8| format!("10.0.{}.{n}/24", n / 2);
+            let vip = "20.0.0.1/32".to_owned();
+            let asked = IpContext {
+                src: src.iter().map(address).chain([vip.clone()]).collect(),
+                dst: dst.iter().map(address).collect(),
+                gateways: old.iter().map(|n| format!("10.0.{n}.99/24")).collect(),
+                policies: vec![policy(&vip, "10.0.0.99")],
+            };
+            let now = addresses(["10.0.0.1/24", "10.0.0.2/24", "10.0.0.99/24"], V6);
+            let told = answer(asked, &now, IpFamilies::Dual).unwrap();
+            for wanted in [&vip, "10.0.0.1/24", "fd00::1/64"] {
+                prop_assert_eq!(told.src.iter().filter(|text| *text == wanted).count(), 1);
+            }
+            prop_assert!(told.dst.contains(&"10.0.0.2/24".to_owned()));
+            prop_assert!(told.gateways.contains(&"10.0.0.99/24".to_owned()));
+            prop_assert_eq!(&answer(told.clone(), &now, IpFamilies::Dual).unwrap(), &told);
+        }
+    }
+
+    const V6: [&str; 3] = ["fd00::1/64", "fd00::2/64", "fd00::100/64"];
 }

@@ -16,10 +16,16 @@ const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 /// Shortest attempt, for registries that grant short lives.
 const ATTEMPT_MIN: Duration = Duration::from_millis(500);
 /// Pause after a first failure, doubled up to [`PAUSE_MAX`]; also the shortest
-/// time between two registrations, whatever the watch says.
+/// time between two registrations, whatever the watch says, doubled up to
+/// [`ANEW_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 /// Longest pause between attempts.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Longest pause before an entry is registered anew whose watch ends again and
+/// again.
+const ANEW_MAX: Duration = Duration::from_secs(5);
+/// A registration that lasted this long was no failure.
+const STEADY: Duration = Duration::from_secs(10);
 /// When to refresh an entry that, by this node's clock, is expired on arrival:
 /// the clocks differ, and asking again at once would not mend them.
 const REFRESH_SKEWED: Duration = Duration::from_secs(5);
@@ -73,6 +79,8 @@ pub struct Registration {
     due: Instant,
     /// Pause after the next failure.
     pause: Duration,
+    /// Time between the last registration and one that the watch asks for.
+    anew: Duration,
     /// When the last registration succeeded, or was tried.
     last: Option<Instant>,
     /// A Register was sent: the registry may hold an entry, whatever the
@@ -89,6 +97,7 @@ impl Registration {
             phase: Phase::Service,
             due: now,
             pause: PAUSE_MIN,
+            anew: PAUSE_MIN,
             last: None,
             tried: false,
             attempt: ATTEMPT_MAX,
@@ -214,11 +223,16 @@ impl Registration {
     }
 
     fn anew(&mut self, phase: Phase, now: Instant) {
-        if self.phase == Phase::Registered {
-            self.phase = phase;
-            let soonest = self.last.map_or(now, |last| last + PAUSE_MIN);
-            self.due = soonest.max(now);
+        if self.phase != Phase::Registered {
+            return;
         }
+        self.phase = phase;
+        let last = self.last.unwrap_or(now);
+        if now.saturating_duration_since(last) >= STEADY {
+            self.anew = PAUSE_MIN;
+        }
+        self.due = now.max(last + self.anew);
+        self.anew = (self.anew * 2).min(ANEW_MAX);
     }
 
     fn go(&mut self, phase: Phase, now: Instant) {
@@ -344,6 +358,24 @@ mod tests {
         let mut machine = registered(t, LIFETIME);
         machine.watch_ended(t + ms(1));
         assert_eq!(machine.next(t + ms(1)), Step::Wait(t + PAUSE_MIN));
+    }
+
+    #[test]
+    fn a_watch_that_never_lasts_slows_down_until_one_does() {
+        let mut now = start();
+        let mut machine = registered(now, LIFETIME);
+        for pause in [200, 400, 800, 1_600, 3_200, 5_000, 5_000] {
+            machine.watch_ended(now);
+            assert_eq!(machine.next(now), Step::Wait(now + ms(pause)));
+            now += ms(pause);
+            assert_eq!(machine.next(now), Step::RegisterService);
+            machine.service_answered(Outcome::Done, now);
+            let _ = machine.next(now);
+            machine.endpoint_registered(LIFETIME, 0, now);
+        }
+        now += STEADY;
+        machine.watch_ended(now);
+        assert_eq!(machine.next(now), Step::RegisterService);
     }
 
     #[test]

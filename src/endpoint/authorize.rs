@@ -160,17 +160,18 @@ pub(super) mod tests {
         }
     }
 
+    fn segments(tokens: &[&str]) -> Vec<PathSegment> {
+        let segment = |token: &&str| PathSegment {
+            token: (*token).to_owned(),
+            ..PathSegment::default()
+        };
+        tokens.iter().map(segment).collect()
+    }
+
     #[test]
     fn policies() {
         let session = Plain::new("us", "fwd");
         let now = UNIX_EPOCH + Duration::from_secs(1_000);
-        let segments = |tokens: &[&str]| -> Vec<PathSegment> {
-            let segment = |token: &&str| PathSegment {
-                token: (*token).to_owned(),
-                ..PathSegment::default()
-            };
-            tokens.iter().map(segment).collect()
-        };
         let good = [
             "tapa>mgr@1001",
             "mgr>x,fwd@1001",

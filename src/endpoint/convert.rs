@@ -153,6 +153,7 @@ pub fn set_ip_context(connection: &mut Connection, answer: IpContext, mtu: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nsm::caller::rfc3339_nano;
 
     #[test]
     fn times_as_go_prints_them() {
@@ -182,6 +183,14 @@ mod tests {
             ("２026-11-24T23:50:16Z", None),
         ] {
             assert_eq!(parse_rfc3339(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn reads_what_this_process_writes() {
+        for (seconds, nanos) in [(0, 0), (951_782_399, 1), (4_102_444_800, 120_000_000)] {
+            let at = UNIX_EPOCH + Duration::new(seconds, nanos);
+            assert_eq!(parse_rfc3339(&rfc3339_nano(at)), Some(at));
         }
     }
 

@@ -33,8 +33,12 @@ pub struct Chosen {
 pub enum Link {
     /// The mechanism makes none.
     None,
-    /// A kernel interface that the peer named, in an earlier answer of ours.
+    /// A kernel interface with the name that an earlier answer gave it.
     Named(IfName),
+    /// A kernel interface that the peer would like to be named so. No NSM
+    /// forwarder does, but nsmgr when it calls the endpoint itself, with a name
+    /// from the target's namespace (networkservicemesh/deployments-k8s 12032).
+    Preferred(IfName),
     /// A kernel interface that we shall name.
     Unnamed,
 }
@@ -52,7 +56,12 @@ pub fn choose(request: &NetworkServiceRequest) -> Result<Chosen, RpcError> {
     let mut reasons = Vec::new();
     for preference in &request.mechanism_preferences {
         match judge(preference) {
-            Ok(chosen) => return Ok(chosen),
+            Ok(mut chosen) => {
+                if let Link::Named(name) = chosen.link {
+                    chosen.link = Link::Preferred(name);
+                }
+                return Ok(chosen);
+            }
             // A hostile list shall not make an answer of its own size.
             Err(why) if reasons.len() < 8 => reasons.push(why),
             Err(_) => {}
@@ -164,6 +173,11 @@ mod tests {
                 Ok(Link::Unnamed),
             ),
             (None, vec![m(NOOP, None), m(KERNEL, None)], Ok(Link::None)),
+            (
+                None,
+                vec![m(KERNEL, Some("nsm-0"))],
+                Ok(Link::Preferred(IfName::parse("nsm-0").unwrap())),
+            ),
             (
                 None,
                 vec![m(KERNEL, Some("a/b")), m(NOOP, None)],

@@ -48,6 +48,7 @@ use crate::sync::stop::{Stopper, stop_pair};
 use crate::sync::thread::{Joined, STACK_LARGE, STACK_SMALL, ThreadHandle, Threads};
 use crate::transport::error::ServerError;
 use crate::transport::server::{PeerTable, TlsServer};
+pub use desk::Leases;
 use desk::{Desk, DeskParts};
 use jobs::JobQueue;
 use random::{Random, SystemRandom};
@@ -79,10 +80,12 @@ pub struct Endpoint {
     socket: PathBuf,
     server: TlsServer,
     nse: ThreadHandle,
-    register: ThreadHandle,
-    /// Dropped to make `nse-register` unregister.
+    /// Dropped to end what `nse-register` does, with `leave_by` given before
+    /// to make it unregister.
+    // INVARIANT: dropped before `register` is waited for.
     leave: Option<Stopper>,
     leave_by: Sender<Instant>,
+    register: ThreadHandle,
     left: Receiver<Infallible>,
 }
 
@@ -101,6 +104,23 @@ impl Endpoint {
         net: NetHandle,
         options: EndpointOptions,
     ) -> Result<Self, ServerError> {
+        Self::start_with(threads, rpc, svid, caller, Box::new(ipam), net, options)
+    }
+
+    /// [`Endpoint::start`] with a stand-in for IPAM.
+    ///
+    /// # Errors
+    ///
+    /// When the socket or a thread cannot be made.
+    pub fn start_with(
+        threads: &Threads,
+        rpc: &Rpc,
+        svid: SvidCell,
+        caller: NsmCaller,
+        leases: Box<dyn Leases>,
+        net: NetHandle,
+        options: EndpointOptions,
+    ) -> Result<Self, ServerError> {
         let socket = socket_path(&options, &mut random()?)?;
         let peers = PeerTable::default();
         let (queue, woken) = JobQueue::new();
@@ -114,7 +134,7 @@ impl Endpoint {
             name: options.name.clone(),
             mtu: options.mtu,
             families: options.families,
-            leases: Box::new(ipam),
+            leases,
             net,
             random: Box::new(random()?),
             queue: Arc::clone(&queue),
@@ -186,6 +206,7 @@ impl Endpoint {
     #[must_use]
     pub fn stop(mut self, deadline: Instant) -> Vec<String> {
         self.nse.stop();
+        self.leave = None;
         self.register.stop();
         // `nse` first: it gives the answers and ends the streams that the
         // server would otherwise wait for.

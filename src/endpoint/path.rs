@@ -210,6 +210,8 @@ pub fn leave(connection: &mut Connection, place: Place) {
 mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
+    use proptest::prelude::*;
+
     use super::super::random::tests::Counting;
     use super::*;
     use crate::proto::connection::Path;
@@ -340,6 +342,35 @@ mod tests {
             assert!(lease_id(&first).is_err());
         }
         assert!(lease_id(&Connection::default()).is_err());
+    }
+
+    proptest! {
+        /// Whatever a peer sends, we stand where the connection says, or it
+        /// is refused.
+        #[test]
+        fn entering_anything(
+            id in "[ab]?",
+            index in prop_oneof![0u32..5, Just(u32::MAX)],
+            segments in prop::collection::vec(("us|t|", "[ab]?"), 0..5),
+        ) {
+            let pairs: Vec<(&str, &str)> =
+                segments.iter().map(|(name, id)| (name.as_str(), id.as_str())).collect();
+            let mut asked = connection(&id, index, &pairs);
+            if let Ok(place) = enter(&mut asked, "us", &mut Counting::default()) {
+                let after = shape(&asked);
+                let (name, own) = &after[place.own];
+                prop_assert_eq!((name.as_str(), own), ("us", &asked.id));
+                prop_assert_eq!(usize::try_from(asked.path.index).unwrap(), place.own);
+                prop_assert!(place.own - place.caller <= 1);
+                for (index, (before, after)) in pairs.iter().zip(&after).enumerate() {
+                    let same = (before.0, before.1) == (after.0.as_str(), after.1.as_str());
+                    prop_assert!(same || index == place.own, "only our own segment changes");
+                }
+                trim(&mut asked, place);
+                leave(&mut asked, place);
+                prop_assert_eq!(shape(&asked).len(), place.own + 1);
+            }
+        }
     }
 
     #[test]

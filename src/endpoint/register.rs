@@ -50,9 +50,10 @@ pub struct Entry {
 
 /// How the thread is told to leave the registry, and tells that it did.
 pub struct Leaving {
-    /// Set when the endpoint shall be unregistered.
+    /// Set when nothing shall be registered any more; ends running calls.
     pub leave: Stop,
-    /// Until when that is tried; there before `leave` is set.
+    /// If the endpoint shall be unregistered, until when that is tried; there
+    /// before `leave` is set.
     pub by: Receiver<Instant>,
     /// Dropped when it is done, or given up.
     pub left: Sender<Infallible>,
@@ -67,6 +68,8 @@ pub struct Registrar {
     watch: Option<Pump<NetworkServiceEndpointResponse>>,
     /// The last failure logged, so that retries do not repeat it.
     trouble: Option<String>,
+    /// Whether the registration was logged, which refreshes do not repeat.
+    told: bool,
 }
 
 impl Registrar {
@@ -80,24 +83,25 @@ impl Registrar {
             machine: Registration::new(clock::now()),
             watch: None,
             trouble: None,
+            told: false,
         }
     }
 
     /// Runs until stopped.
     pub fn run(mut self, leaving: Leaving, stop: &Stop) {
         let Leaving { leave, by, left } = leaving;
-        if self.keep(&leave, stop) {
-            self.watch = None;
-            let deadline = by.try_recv().unwrap_or_else(|_| clock::now());
+        self.keep(&leave, stop);
+        self.watch = None;
+        if let Ok(deadline) = by.try_recv() {
             self.unregister(deadline, stop);
-            drop(left);
         }
+        drop(left);
         // Ending without being stopped would count as a failure.
         let _ = stop.receiver().recv();
     }
 
-    /// Keeps the endpoint registered; true when it shall be unregistered.
-    fn keep(&mut self, leave: &Stop, stop: &Stop) -> bool {
+    /// Keeps the endpoint registered.
+    fn keep(&mut self, leave: &Stop, stop: &Stop) {
         while !leave.is_set() && !stop.is_set() {
             match self.machine.next(clock::now()) {
                 Step::RegisterService => self.register_service(leave),
@@ -105,10 +109,9 @@ impl Registrar {
                 Step::RegisterEndpoint => self.register_endpoint(leave),
                 Step::Wait(until) => self.wait(until, leave, stop),
                 // Only after `leave`.
-                Step::Unregister | Step::Done => return true,
+                Step::Unregister | Step::Done => return,
             }
         }
-        leave.is_set()
     }
 
     fn wait(&mut self, until: Instant, leave: &Stop, stop: &Stop) {
@@ -123,10 +126,14 @@ impl Registrar {
         match item {
             None => {}
             Some(Ok(Item::Message(event))) => self.own_entry(&event),
-            Some(Ok(Item::Ended(Err(StreamError::Lagged)))) => self.watch = None,
+            Some(Ok(Item::Ended(Err(StreamError::Lagged)))) => {
+                self.watch = None;
+                self.open_watch(leave);
+            }
             Some(Ok(Item::Ended(ended))) => {
                 let why = ended.map_or_else(|error| error.to_string(), |()| "ended".to_owned());
                 info!("the watch of the own registry entry is lost ({why}): registering anew");
+                self.told = false;
                 self.watch = None;
                 self.machine.watch_ended(clock::now());
             }
@@ -141,6 +148,7 @@ impl Registrar {
         let name = &event.network_service_endpoint.get_or_default().name;
         if event.deleted && *name == self.entry.name {
             info!("the own registry entry was removed: registering anew");
+            self.told = false;
             self.machine.entry_deleted(clock::now());
         }
     }
@@ -217,7 +225,12 @@ impl Registrar {
         // Without randomness the refreshes are not spread; nothing else.
         let _ = self.random.fill(&mut jitter);
         self.machine.endpoint_registered(left, jitter[0], now.mono);
-        debug!("the endpoint is registered for {left:?}");
+        if !std::mem::replace(&mut self.told, true) {
+            info!(
+                endpoint = self.entry.name, service = self.entry.service_name;
+                "the endpoint is registered"
+            );
+        }
         self.open_watch(leave);
     }
 
@@ -336,6 +349,10 @@ impl Registrar {
             }
             return Outcome::Done;
         };
+        if *error == RpcError::Cancelled {
+            // By ourselves, to stop.
+            return Outcome::Failed;
+        }
         let text = error.to_string();
         if self.trouble.as_ref() != Some(&text) {
             warn!("{what} failed and is tried again: {text}");

@@ -9,22 +9,24 @@ use super::jobs::JobQueue;
 use crate::sync::clock::Now;
 use crate::sync::stop::Stop;
 
+/// Jobs between two looks at the clock: a flood of them delays no expiry.
+const BATCH: usize = 256;
+
 /// Runs until stopped; what is unanswered then is answered UNAVAILABLE, and
 /// all streams end. Connections, ports and leases stay.
 pub fn run(mut desk: Desk, queue: &Arc<JobQueue>, woken: &Receiver<()>, stop: &Stop) {
-    loop {
-        let timer = desk.next_deadline().map_or_else(never, at);
-        select! {
-            recv(woken) -> _ => {}
-            recv(timer) -> _ => {}
-            recv(stop.receiver()) -> _ => break,
-        }
-        while let Some(job) = queue.pop() {
-            if stop.is_set() {
-                break;
+    let mut more = false;
+    while !stop.is_set() {
+        if !more {
+            let timer = desk.next_deadline().map_or_else(never, at);
+            select! {
+                recv(woken) -> _ => {}
+                recv(timer) -> _ => {}
+                recv(stop.receiver()) -> _ => break,
             }
-            desk.handle(job, Now::read());
         }
+        let jobs = std::iter::from_fn(|| queue.pop()).take(BATCH);
+        more = jobs.map(|job| desk.handle(job, Now::read())).count() == BATCH;
         desk.tick(Now::read());
     }
     queue.close();

@@ -3,8 +3,6 @@
 //! Meridio's elements at its end (cmd/proxy/internal/service/server.go).
 
 mod request;
-#[cfg(test)]
-mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -39,6 +37,8 @@ const IPAM_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes of a connection that are kept: room for ten thousand VIPs with their
 /// source routes.
 const CONNECTION_MAX: u64 = 2 * 1024 * 1024;
+/// Bytes of an error's text.
+const ERROR_MAX: usize = 1024;
 /// Peers that follow the endpoint's health.
 const HEALTH_STREAMS_MAX: usize = 64;
 
@@ -329,6 +329,23 @@ fn check_size(connection: &Connection) -> Result<(), RpcError> {
 }
 
 fn refuse<T>(reply: Reply<T>, what: &str, call: &Call, error: RpcError) {
+    let error = shortened(error);
     warn!(peer = call.session.peer(); "{what} of a target refused: {error}");
     reply.answer(Err(error));
 }
+
+/// Errors quote what the peer sent, which may be megabytes; an answer's text
+/// travels in a header, and a log line is read by people.
+fn shortened(error: RpcError) -> RpcError {
+    match error {
+        RpcError::Status { code, message } if message.len() > ERROR_MAX => {
+            let mut short = message;
+            short.truncate(short.floor_char_boundary(ERROR_MAX));
+            RpcError::status(code, short + "…")
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests;

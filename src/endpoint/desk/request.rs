@@ -19,7 +19,7 @@ use crate::core::ip_context;
 use crate::core::lease::Addresses;
 use crate::core::targets::Claim;
 use crate::ipam::IpamError;
-use crate::proto::connection::{Connection, State};
+use crate::proto::connection::State;
 use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock::Now;
@@ -42,6 +42,10 @@ impl Desk {
         call: &Call,
         now: Now,
     ) -> Result<Wanted, RpcError> {
+        if (call.is_over)() {
+            let text = "the deadline passed before its turn came";
+            return Err(RpcError::status(Code::DEADLINE_EXCEEDED, text));
+        }
         if self.targets.up(id).is_none() && self.targets.len() > CONNECTIONS_MAX {
             let text = format!("more than {CONNECTIONS_MAX} connections");
             return Err(RpcError::status(Code::RESOURCE_EXHAUSTED, text));
@@ -83,7 +87,10 @@ impl Desk {
         match link {
             Link::None => return Ok(None),
             Link::Named(name) => return Ok(Some(name.clone())),
-            Link::Unnamed => {}
+            Link::Preferred(name) if !self.targets.is_taken(id, name) => {
+                return Ok(Some(name.clone()));
+            }
+            Link::Preferred(_) | Link::Unnamed => {}
         }
         for _ in 0..DRAWS {
             let name = interface_name(service, self.parts.random.as_mut())
@@ -223,7 +230,7 @@ impl Desk {
             self.parts.leases.release_later(lease);
         }
         self.monitors.update(connection);
-        log_up(id, connection, claim.ifname.as_ref(), before.is_none());
+        log_up(id, claim, addresses, before.is_none());
     }
 }
 
@@ -231,12 +238,20 @@ fn internal(what: &str, error: &io::Error) -> RpcError {
     RpcError::status(Code::INTERNAL, format!("{what}: {error}"))
 }
 
-fn log_up(id: &SegmentId, connection: &Connection, ifname: Option<&IfName>, new: bool) {
-    let ifname = ifname.map_or("", IfName::as_str);
-    let addresses = connection.context.ip_context.src_ip_addrs.join(", ");
+fn log_up(id: &SegmentId, claim: &Claim, addresses: &Addresses, new: bool) {
+    let ifname = claim.ifname.as_ref().map_or("", IfName::as_str);
+    let target = claim.lease.as_str();
+    let leases = addresses.leases.values().map(|lease| lease.src.to_string());
+    let leases = leases.collect::<Vec<_>>().join(", ");
     if new {
-        info!(connection = id.as_str(), interface = ifname; "a target is connected: {addresses}");
+        info!(
+            connection = id.as_str(), target = target, interface = ifname;
+            "a target is connected with {leases}"
+        );
     } else {
-        debug!(connection = id.as_str(), interface = ifname; "a target refreshed: {addresses}");
+        debug!(
+            connection = id.as_str(), target = target, interface = ifname;
+            "a target refreshed its connection with {leases}"
+        );
     }
 }
