@@ -19,7 +19,7 @@ use log::{Level, LevelFilter, Record, info};
 use serde_json::{Map, Value as Json};
 
 use crate::sync::clock;
-use crate::sync::thread::{Joined, ThreadHandle, Threads};
+use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
 use output::{Output, Queue};
 
 /// The target of records that are printed with severity `critical`.
@@ -75,7 +75,7 @@ impl Logging {
         let (queue, lines) = output::queue();
         panic::report_to(&output, &lines)?;
         let dropped = queue.dropped();
-        let thread = threads.spawn("log", crate::sync::thread::STACK_SMALL, move |stop| {
+        let thread = threads.spawn("log", STACK_SMALL, move |stop| {
             output::run(&output, &lines, &dropped, &stop);
         })?;
         let logger = logger(queue);

@@ -24,7 +24,8 @@ use crate::nsm::caller::NsmCaller;
 use crate::nsm::{LbMesh, LbOptions};
 use crate::nsp;
 use crate::rpc::env::Rpc;
-use crate::spiffe::{SvidCell, workload};
+use crate::spiffe::SvidCell;
+use crate::spiffe::workload::{self, WorkloadAddress};
 use crate::sync::thread::{Joined, ThreadHandle, Threads};
 use crate::transport::client::{Address, Connector, ConnectorOptions};
 
@@ -49,8 +50,9 @@ pub(super) struct Parts {
     probe: Option<ThreadHandle>,
 }
 
-fn failed<E: fmt::Debug>(what: &'static str) -> impl FnOnce(E) -> Cause {
-    move |error| Cause::Start(what, format!("{error:?}"))
+/// The cause of a failed start of `what`.
+fn failed<E: fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Cause {
+    move |error| Cause::Start(what, error.to_string())
 }
 
 impl Parts {
@@ -83,7 +85,7 @@ impl Parts {
     ) -> Result<(), Cause> {
         self.health_server = Some(
             HealthServer::start(&self.rpc, Path::new(HEALTH_SOCKET), &self.health)
-                .map_err(|error| Cause::Start("the health server", error.to_string()))?,
+                .map_err(failed("the health server"))?,
         );
         info!(socket = HEALTH_SOCKET; "Health server listens");
         self.identify(config, threads, control)?;
@@ -123,7 +125,11 @@ impl Parts {
         control: &Control,
     ) -> Result<(), Cause> {
         let address = config.spiffe_endpoint_socket.clone();
-        info!(address = format!("{address:?}"); "Waiting for the first SVID");
+        let shown = match &address {
+            WorkloadAddress::Unix(path) => format!("unix://{}", path.display()),
+            WorkloadAddress::Tcp(socket) => format!("tcp://{socket}"),
+        };
+        info!(address = shown; "Waiting for the first SVID");
         let watch = workload::start(threads, &self.rpc, address, self.svid.clone())
             .map_err(failed("the SVID watch"))?;
         self.svid_watch = Some(watch);
@@ -159,7 +165,7 @@ impl Parts {
             bridge_mac,
         };
         let kernel = Kernel::start(threads, options, self.health.clone())
-            .map_err(failed("the data plane"))?;
+            .map_err(|error| Cause::Start("the data plane", error.0))?;
         info!("Data plane started");
         Ok(self.kernel.insert(kernel).handle())
     }
@@ -226,7 +232,7 @@ impl Parts {
         };
         let svid = self.svid.clone();
         let endpoint = Endpoint::start(threads, &self.rpc, svid, caller, ipam, net, options)
-            .map_err(failed("the endpoint"))?;
+            .map_err(|error| Cause::Start("the endpoint", error.0))?;
         let endpoint = self.endpoint.insert(endpoint);
         let socket = endpoint.socket().display().to_string();
         info!(service = config.service_name.as_str(), socket; "Endpoint listens");
@@ -281,9 +287,10 @@ impl Parts {
         }
         let mut late = join([self.svid_watch.take()], deadline);
         late.extend(stopped(self.health_server.take(), |server| {
-            match server.stop(deadline) {
-                true => Vec::new(),
-                false => vec!["health server".to_owned()],
+            if server.stop(deadline) {
+                Vec::new()
+            } else {
+                vec!["health server".to_owned()]
             }
         }));
         late

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, bounded};
-use log::{info, warn};
+use log::warn;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::{Handle, Signals};
 use signal_hook::low_level::{exit, signal_name};
@@ -33,17 +33,17 @@ pub(super) fn start(
     let handle = signals.handle();
     let (tx, stop_signals) = bounded(1);
     let thread = threads.spawn("signals", STACK_SMALL, move |_| {
+        let mut stopping = false;
         for signal in signals.forever() {
             match signal {
                 SIGUSR1 => levels.configured(),
                 SIGUSR2 => levels.trace(),
+                // Not through destructors: whatever hangs may hang there.
+                _ if stopping => exit(IMPATIENT),
                 _ => {
-                    let name = signal_name(signal).unwrap_or("a signal");
-                    if tx.try_send(name).is_err() {
-                        // Not through destructors: whatever hangs may hang there.
-                        exit(IMPATIENT);
-                    }
-                    info!(signal = name; "Stopping; a second signal ends the process at once");
+                    stopping = true;
+                    // The channel has room for the one that is ever sent.
+                    let _ = tx.try_send(signal_name(signal).unwrap_or("a signal"));
                 }
             }
         }

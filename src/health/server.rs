@@ -125,6 +125,10 @@ impl HealthServer {
             }
         };
         let _ = fs::remove_file(&self.path);
+        if !finished {
+            // The C core aborts when a server is destroyed before its calls.
+            std::mem::forget(self.server);
+        }
         finished
     }
 }

@@ -1,0 +1,164 @@
+//! How the process starts to live and ends, by running the binary in a mount
+//! namespace with a `/tmp` of its own. It waits for an identity that never
+//! comes, which is the earliest state in which it has to stop in order.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "helpers of tests end by panicking too"
+)]
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, bounded};
+use meridio_proxy::daemon::shutdown::STAGES;
+use meridio_proxy::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Proxy {
+    child: Child,
+    lines: Receiver<Value>,
+    // INVARIANT: dropped after the child was killed, which ends its output.
+    _reader: ThreadHandle,
+}
+
+impl Proxy {
+    /// Starts the binary after `prepare`, a shell command.
+    fn start(prepare: &str) -> Self {
+        let script = format!("mount -t tmpfs none /tmp && {prepare} && exec \"$0\"");
+        let mut child = Command::new("unshare")
+            .args([
+                "--mount",
+                "--net",
+                "sh",
+                "-c",
+                &script,
+                env!("CARGO_BIN_EXE_proxy"),
+            ])
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere/agent.sock")
+            .env("NSM_LOG_LEVEL", "INFO")
+            .env("NSM_TYPO", "x")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let (tx, lines) = bounded(1000);
+        let reader = Threads::unsupervised()
+            .spawn("reader", STACK_LARGE, move |_| {
+                for line in output.lines().map_while(Result::ok) {
+                    let line = serde_json::from_str(&line).expect("each line is JSON");
+                    let _ = tx.try_send(line);
+                }
+            })
+            .unwrap();
+        Self {
+            child,
+            lines,
+            _reader: reader,
+        }
+    }
+
+    /// The next line with that message.
+    fn line(&self, message: &str) -> Value {
+        loop {
+            let line = self.lines.recv_timeout(LIMIT).expect(message);
+            if line["message"] == message {
+                return line;
+            }
+        }
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-s", name, &pid]).status();
+        assert!(sent.unwrap().success(), "kill -s {name}");
+    }
+
+    /// All lines until standard output ends, and the exit status.
+    fn end(&mut self) -> (Vec<Value>, ExitStatus) {
+        let mut rest = Vec::new();
+        while let Ok(line) = self.lines.recv_timeout(LIMIT) {
+            rest.push(line);
+        }
+        (rest, self.child.wait().unwrap())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn each_signal_stops_in_the_order_of_the_stages() {
+    for signal in ["TERM", "INT", "HUP", "QUIT"] {
+        let mut proxy = Proxy::start("true");
+        proxy.line("Waiting for the first SVID");
+        proxy.signal(signal);
+        let (lines, status) = proxy.end();
+        assert_eq!(status.code(), Some(0), "{signal}: {lines:?}");
+        let stages: Vec<&str> = lines
+            .iter()
+            .filter(|line| line["message"] == "Stage of the stop done")
+            .filter_map(|line| line["extra_data"]["stage"].as_str())
+            .collect();
+        let expected: Vec<String> = STAGES.iter().map(|stage| stage.stage.to_string()).collect();
+        assert_eq!(stages, expected, "{signal}");
+        assert_eq!(lines.last().unwrap()["message"], "Proxy shutting done");
+    }
+}
+
+#[test]
+fn the_first_line_has_the_settings_and_signals_change_the_level() {
+    let mut proxy = Proxy::start("true");
+    let first = proxy.lines.recv_timeout(LIMIT).unwrap();
+    assert_eq!(first["message"], "Configuration read");
+    assert_eq!(first["severity"], "info");
+    assert_eq!(first["service_id"], "Meridio-proxy");
+    assert_eq!(first["extra_data"]["config"]["NSM_LOG_LEVEL"], "INFO");
+    assert_eq!(first["extra_data"]["config"]["NSM_MTU"], "1500");
+    let warning = proxy.lines.recv_timeout(LIMIT).unwrap();
+    assert_eq!(warning["message"], "NSM_TYPO is no setting");
+    assert_eq!(warning["severity"], "warning");
+    proxy.line("Waiting for the first SVID");
+    for (signal, level) in [("USR2", "TRACE"), ("USR1", "INFO")] {
+        proxy.signal(signal);
+        let line = proxy.line("Log level set");
+        assert_eq!(line["extra_data"]["level"], level);
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.end().1.code(), Some(0));
+}
+
+#[test]
+fn a_second_signal_ends_the_process_at_once() {
+    let mut proxy = Proxy::start("true");
+    proxy.line("Waiting for the first SVID");
+    // Both are pending when the process goes on.
+    for signal in ["STOP", "TERM", "INT", "CONT"] {
+        proxy.signal(signal);
+    }
+    let (lines, status) = proxy.end();
+    assert_eq!(status.code(), Some(1), "{lines:?}");
+}
+
+#[test]
+fn a_failed_start_is_status_1_with_a_critical_line() {
+    let mut proxy = Proxy::start("touch /tmp/health.sock");
+    let line = proxy.line("Proxy shutting down");
+    assert_eq!(line["severity"], "critical");
+    let error = line["extra_data"]["error"].as_str().unwrap();
+    assert!(
+        error.starts_with("starting the health server: ") && error.ends_with("is no socket"),
+        "{error}"
+    );
+    assert_eq!(proxy.end().1.code(), Some(1));
+}
