@@ -139,6 +139,7 @@ pub fn udp(netns: &Netns, to: SocketAddr, flows: usize) -> io::Result<Burst> {
         flows,
         ..Burst::default()
     };
+    sock::raise_descriptor_limit()?;
     let mut sockets = Vec::new();
     for _ in 0..flows {
         sockets.push(traffic::connect(netns, to)?);

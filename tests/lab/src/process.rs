@@ -3,10 +3,10 @@
 //! not outlive the test, whatever becomes of it.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{self, BufRead, BufReader, PipeReader};
+use std::io::{self, BufRead, BufReader, PipeReader, Write as _};
 use std::net::IpAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -36,6 +36,8 @@ pub struct DaemonOptions {
     pub netns: Netns,
     /// Names that the daemon can resolve.
     pub hosts: Vec<(IpAddr, String)>,
+    /// Also write the log to this file, one after the other's.
+    pub log: Option<PathBuf>,
     /// Holds the pod's `/tmp` and `/etc/hosts`, kept over restarts as an
     /// emptyDir volume is.
     pub dir: PathBuf,
@@ -97,8 +99,12 @@ impl Daemon {
         let wait = threads.spawn("daemon-wait", STACK_SMALL, move |_| {
             run(command, &tx, &waiter);
         })?;
+        let mut copy = match &options.log {
+            Some(path) => Some(fs::File::options().create(true).append(true).open(path)?),
+            None => None,
+        };
         let read = threads.spawn("daemon-log", STACK_SMALL, move |_| {
-            log.read(reader);
+            log.read(reader, copy.as_mut());
         })?;
         let pid = started.recv().map_err(io::Error::other)?.map_err(|error| {
             let binary = options.binary.display();
@@ -236,9 +242,15 @@ impl Drop for Daemon {
 }
 
 impl Shared {
-    fn read(&self, pipe: PipeReader) {
+    fn read(&self, pipe: PipeReader, mut copy: Option<&mut fs::File>) {
         for line in BufReader::new(pipe).split(b'\n') {
-            let Ok(line) = line else { return };
+            let Ok(mut line) = line else { return };
+            if let Some(file) = copy.as_mut() {
+                line.push(b'\n');
+                // The copy is for a reader; the test does not depend on it.
+                let _ = file.write_all(&line);
+                line.pop();
+            }
             let mut state = self.state.lock();
             if state.lines.len() == LINES {
                 state.lines.pop_front();
@@ -332,19 +344,32 @@ impl Pod {
             check(libc::unshare(libc::CLONE_NEWNS))?;
         }
         netns::enter(self.netns.raw())?;
-        mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE)?;
+        mount(None, c"/", None, libc::MS_REC | libc::MS_PRIVATE)?;
         for (from, to) in &self.binds {
-            mount(Some(from), to, libc::MS_BIND)?;
+            mount(Some(from), to, None, libc::MS_BIND)?;
         }
+        // It shows the interfaces of the namespace that mounts it.
+        mount(Some(c"sysfs"), c"/sys", Some(c"sysfs"), libc::MS_RDONLY)?;
         Ok(())
     }
 }
 
-fn mount(from: Option<&CString>, to: &std::ffi::CStr, flags: libc::c_ulong) -> io::Result<()> {
-    let from = from.map_or(std::ptr::null(), |path| path.as_ptr());
-    // SAFETY: both paths are strings that end with a zero byte and outlive
-    // the call; the other pointers may be null for these kinds of mount.
-    check(unsafe { libc::mount(from, to.as_ptr(), std::ptr::null(), flags, std::ptr::null()) })
+fn mount(
+    from: Option<&CStr>,
+    to: &CStr,
+    kind: Option<&CStr>,
+    flags: libc::c_ulong,
+) -> io::Result<()> {
+    let raw = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: all three are null, where the kind of mount allows it, or
+    // strings that end with a zero byte and outlive the call.
+    check(unsafe { libc::mount(raw(from), to.as_ptr(), raw(kind), flags, std::ptr::null()) })
+}
+
+/// Where the lab copies daemons' logs to: the variable `MERIDIO_LAB_LOG`.
+#[must_use]
+pub fn log_file() -> Option<PathBuf> {
+    std::env::var_os("MERIDIO_LAB_LOG").map(PathBuf::from)
 }
 
 /// The daemon's binary: of the variable `MERIDIO_PROXY_BINARY`, or the one

@@ -46,6 +46,21 @@ pub fn bind(local: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
+/// Lets this process open as many descriptors as it may: a thousand flows are
+/// more than the usual limit.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: getrlimit writes, and setrlimit reads, the live `limit`.
+    unsafe {
+        crate::netns::check(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit))?;
+        limit.rlim_cur = limit.rlim_max;
+        crate::netns::check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))
+    }
+}
+
 /// Asks for a receive buffer of that many bytes; the kernel may give less.
 pub fn set_receive_buffer(socket: &UdpSocket, bytes: i32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, bytes)

@@ -8,8 +8,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use meridio_proxy::core::family::Family;
 use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::rpc::env::Rpc;
+use meridio_proxy::spiffe::SvidCell;
 use meridio_proxy::sync::thread::Threads;
 
 use crate::agent::Agent;
@@ -18,7 +20,7 @@ use crate::echo::PORT;
 use crate::infra::{IPAM_PORT, Infra, NSP_PORT};
 use crate::ipam::{Ipam, IpamOptions};
 use crate::lb::{Lb, Targets};
-use crate::link::{Rtnl, host, wait_until};
+use crate::link::{Rtnl, host};
 use crate::netns::Netns;
 use crate::nsmgr::{Nsmgr, NsmgrOptions, TargetRequest};
 use crate::nsp::Nsp;
@@ -30,46 +32,15 @@ use crate::traffic::{Flows, Pace};
 use crate::veth::VethDatapath;
 use crate::workdir::WorkDir;
 
+mod options;
+mod waits;
+
+pub use options::TopologyOptions;
+
 /// How long one change may take until it is seen in the kernel.
 pub const LIMIT: Duration = Duration::from_secs(20);
 /// The daemon's routing table.
 pub const TABLE: u32 = 1;
-
-/// What to build.
-#[derive(Debug, Clone)]
-pub struct TopologyOptions {
-    pub trench: String,
-    pub conduit: String,
-    pub namespace: String,
-    pub node: String,
-    pub lbs: usize,
-    pub targets: usize,
-    pub vips: Vec<IpAddr>,
-    pub token_lifetime: Duration,
-    pub svid_lifetime: Duration,
-    /// Settings of the daemon beside, or instead of, the usual ones.
-    pub env: BTreeMap<String, String>,
-}
-
-impl Default for TopologyOptions {
-    fn default() -> Self {
-        Self {
-            trench: "trench-a".to_owned(),
-            conduit: "conduit-a".to_owned(),
-            namespace: "red".to_owned(),
-            node: "node-1".to_owned(),
-            lbs: 2,
-            targets: 3,
-            vips: vec![
-                IpAddr::from([20, 0, 0, 1]),
-                IpAddr::from([0x2000, 0, 0, 0, 0, 0, 0, 1]),
-            ],
-            token_lifetime: Duration::from_secs(600),
-            svid_lifetime: Duration::from_secs(3600),
-            env: BTreeMap::new(),
-        }
-    }
-}
 
 /// The lab. Fields end in this order: the daemon first, then its peers.
 pub struct Topology {
@@ -85,6 +56,7 @@ pub struct Topology {
     pub infra: Infra,
     pub pod: Netns,
     pub rtnl: Rtnl,
+    pki: Pki,
     options: TopologyOptions,
     vips: Vec<IpAddr>,
     registered: Targets,
@@ -134,10 +106,9 @@ impl Topology {
     pub fn peers(options: TopologyOptions) -> Result<Self, String> {
         let dir = WorkDir::new().map_err(text)?;
         let pki = Pki::new("example.org");
-        let ids = |path: &str| pki.id(path);
         let ttl = options.svid_lifetime;
         let agent_socket = dir.path().join("agent.sock");
-        let agent = Agent::start(&agent_socket, &pki, &ids("ns/red/sa/proxy"), ttl);
+        let agent = Agent::start(&agent_socket, &pki, &pki.id("ns/red/sa/proxy"), ttl);
         let (infra, pod) = Infra::new().map_err(text)?;
         let datapath = Arc::new(VethDatapath::new());
         let nsmgr = Nsmgr::start(NsmgrOptions {
@@ -147,25 +118,11 @@ impl Topology {
             datapath: datapath.clone(),
             token_lifetime: options.token_lifetime,
         })?;
-        let (threads, rpc) = (Threads::unsupervised(), Rpc::new());
         let ipam_options = IpamOptions::new(&options.trench, &options.conduit);
-        let ipam = Ipam::new(&threads, &ipam_options)?;
-        let listener = infra.listen(IPAM_PORT).map_err(text)?;
-        ipam.serve(
-            &threads,
-            &rpc,
-            pki.cell(&ids("ns/red/sa/ipam"), ttl),
-            listener,
-        )?;
+        let ipam = Ipam::new(&Threads::unsupervised(), &ipam_options)?;
         let nsp = Nsp::new(&options.trench);
-        let listener = infra.listen(NSP_PORT).map_err(text)?;
-        nsp.serve(
-            &threads,
-            &rpc,
-            pki.cell(&ids("ns/red/sa/nsp"), ttl),
-            listener,
-        )?;
-        let vips = options.vips.clone();
+        let used = |vip: &&IpAddr| options.families.has(Family::from(**vip));
+        let vips = options.vips.iter().filter(used).copied().collect();
         let topology = Self {
             daemon: None,
             targets: BTreeMap::new(),
@@ -179,6 +136,7 @@ impl Topology {
             infra,
             rtnl: Rtnl::open(&pod).map_err(text)?,
             pod,
+            pki,
             options,
             vips,
             registered: Targets::new(),
@@ -186,8 +144,29 @@ impl Topology {
             next_target: 1,
             dir,
         };
+        topology.start_ipam()?;
+        topology.start_nsp()?;
         topology.tell_vips();
         Ok(topology)
+    }
+
+    /// IPAM serves (again), with the table that it has.
+    pub fn start_ipam(&self) -> Result<(), String> {
+        let listener = self.infra.listen(IPAM_PORT).map_err(text)?;
+        let svid = self.identity("ipam");
+        (self.ipam).serve(&Threads::unsupervised(), &Rpc::new(), svid, listener)
+    }
+
+    /// NSP serves (again), with the VIPs that it has.
+    pub fn start_nsp(&self) -> Result<(), String> {
+        let listener = self.infra.listen(NSP_PORT).map_err(text)?;
+        let svid = self.identity("nsp");
+        (self.nsp).serve(&Threads::unsupervised(), &Rpc::new(), svid, listener)
+    }
+
+    fn identity(&self, account: &str) -> SvidCell {
+        let id = self.pki.id(&format!("ns/red/sa/{account}"));
+        self.pki.cell(&id, self.options.svid_lifetime)
     }
 
     /// The network service that targets ask for.
@@ -228,6 +207,7 @@ impl Topology {
             env: self.environment(),
             netns: self.pod.clone(),
             hosts: vec![(service, nsp_name), (service, "ipam-service".to_owned())],
+            log: process::log_file(),
             dir: self.dir.path().to_owned(),
         });
         self.daemon = Some(started.map_err(text)?);
@@ -292,6 +272,13 @@ impl Topology {
     /// Adds and connects a target; its addresses become known to the load
     /// balancers. Returns its name.
     pub fn add_target(&mut self) -> Result<String, String> {
+        let name = self.make_target()?;
+        self.start_target(&name)?;
+        Ok(name)
+    }
+
+    /// Adds a target that is not connected yet.
+    pub fn make_target(&mut self) -> Result<String, String> {
         let name = format!("target-{}", self.next_target);
         self.next_target += 1;
         let mesh: Arc<dyn Mesh> = Arc::new(NsmMesh(self.nsmgr.clone()));
@@ -299,7 +286,6 @@ impl Topology {
         let target = target.map_err(text)?;
         target.set_vips(&self.vips)?;
         self.targets.insert(name.clone(), Arc::new(target));
-        self.start_target(&name)?;
         Ok(name)
     }
 
@@ -365,58 +351,6 @@ impl Topology {
         Err(format!("not every flow is answered at first: {step}"))
     }
 
-    /// Waits until the next hops are the load balancers, in both families.
-    pub fn wait_hops(&self) -> Result<(), String> {
-        let wanted = self.lbs.len();
-        self.wait("next hops", || {
-            let routes = self.rtnl.routes(TABLE)?;
-            let hops = |v4: bool| {
-                let mut all = routes.iter().filter(|route| {
-                    route.destination.is_ipv4() == v4 && route.metric != Some(u32::MAX)
-                });
-                all.next().map_or(0, |route| route.hops.len())
-            };
-            // Every load balancer, and nothing beside them.
-            Ok(hops(true) == wanted && hops(false) == wanted)
-        })
-    }
-
-    /// Waits until the pod's end of a target's connection is a port of the
-    /// bridge.
-    pub fn wait_port(&self, id: &str) -> Result<(), String> {
-        let alias = format!("client-{id}");
-        self.wait("port", || {
-            let links = self.rtnl.links()?;
-            let bridge = links.iter().find(|link| link.name == "bridge0");
-            let port = links.iter().find(|link| link.alias == alias);
-            Ok(bridge
-                .zip(port)
-                .is_some_and(|(bridge, port)| port.master == Some(bridge.index)))
-        })
-    }
-
-    /// Waits until the VIP has a rule in the pod, or has none.
-    pub fn wait_vip(&self, vip: IpAddr, present: bool) -> Result<(), String> {
-        self.wait("rule", || {
-            let rules = self.rtnl.rules(vip)?;
-            let found =
-                (rules.iter()).any(|rule| rule.from == Some(host(vip)) && rule.table == TABLE);
-            Ok(found == present)
-        })
-    }
-
-    fn wait(&self, what: &str, is_so: impl FnMut() -> io::Result<bool>) -> Result<(), String> {
-        if wait_until(&self.pod, LIMIT, is_so).map_err(text)? {
-            return Ok(());
-        }
-        let log = self.daemon.as_ref().map(|daemon| daemon.tail(30));
-        Err(format!(
-            "{what}: not as expected after {LIMIT:?}\n{}\nrefusals: {:?}",
-            log.unwrap_or_default(),
-            self.nsmgr.refusals()
-        ))
-    }
-
     fn target(&self, name: &str) -> Result<Arc<Target>, String> {
         let known = self.targets.get(name).map(Arc::clone);
         known.ok_or_else(|| format!("no target {name}"))
@@ -439,33 +373,6 @@ impl Topology {
     fn tell_vips(&self) {
         let texts: Vec<String> = self.vips.iter().map(|vip| host(*vip).to_string()).collect();
         self.nsp.set_vips(texts.iter().map(String::as_str));
-    }
-
-    fn environment(&self) -> BTreeMap<String, String> {
-        let options = &self.options;
-        let nsmgr = self.dir.path().join("nsm.io.sock");
-        let mut env: BTreeMap<String, String> = [
-            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
-            ("SPIFFE_ENDPOINT_SOCKET", self.agent.address()),
-            ("NSM_NAME", "proxy-1".to_owned()),
-            ("NSM_HOST", options.node.clone()),
-            ("NSM_CONNECT_TO", format!("unix://{}", nsmgr.display())),
-            ("NSM_MAX_TOKEN_LIFETIME", "10m".to_owned()),
-            ("NSM_SERVICE_NAME", self.proxy_service()),
-            ("NSM_NETWORK_SERVICE_NAME", self.lb_service()),
-            ("NSM_IPAM_SERVICE", format!("ipam-service:{IPAM_PORT}")),
-            ("NSM_NSP_SERVICE_NAME", "nsp-service".to_owned()),
-            ("NSM_NSP_SERVICE_PORT", NSP_PORT.to_string()),
-            ("NSM_TRENCH", options.trench.clone()),
-            ("NSM_CONDUIT", options.conduit.clone()),
-            ("NSM_NAMESPACE", options.namespace.clone()),
-            ("NSM_IP_FAMILY", "dualstack".to_owned()),
-            ("NSM_LOG_LEVEL", "DEBUG".to_owned()),
-        ]
-        .map(|(key, value)| (key.to_owned(), value))
-        .into();
-        env.extend(options.env.clone());
-        env
     }
 }
 

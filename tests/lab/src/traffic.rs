@@ -107,6 +107,7 @@ pub struct Step {
 impl Flows {
     /// Starts sending from the namespace, without flows yet.
     pub fn start(netns: &Netns, pace: &Pace) -> io::Result<Self> {
+        sock::raise_descriptor_limit()?;
         let shared = Arc::new(Shared {
             table: Mutex::new(Table::default()),
             answered: Condvar::new(),

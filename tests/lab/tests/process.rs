@@ -18,6 +18,7 @@ fn shell(dir: &Path, script: &str) -> Daemon {
         env: BTreeMap::from([("NSM_NAME".to_owned(), "proxy-1".to_owned())]),
         netns: Netns::new("pod").unwrap(),
         hosts: vec![("10.0.0.9".parse().unwrap(), "nsp.example".to_owned())],
+        log: None,
         dir: dir.to_owned(),
     })
     .unwrap()
@@ -29,11 +30,11 @@ fn it_sees_its_pod_and_nothing_else() {
     let daemon = shell(
         dir.path(),
         "echo name=$NSM_NAME home=$HOME; read line </etc/hosts; grep nsp.example /etc/hosts; \
-         echo x >/tmp/written; ls -d /tmp/*; cat /proc/net/dev | tail -n +3; exit 3",
+         echo x >/tmp/written; ls -d /tmp/*; ls /sys/class/net; exit 3",
     );
     let status = daemon.wait_exit(LIMIT).unwrap();
     assert_eq!(status.code(), Some(3));
-    let log = daemon.wait_line(0, |line| line.contains("lo:"), LIMIT);
+    let log = daemon.wait_line(0, |line| line == "lo", LIMIT);
     let lines = daemon.lines();
     assert!(log.is_some(), "{lines:?}");
     assert_eq!(lines[0], "name=proxy-1 home=");
@@ -73,6 +74,7 @@ fn a_missing_binary_is_an_error() {
         env: BTreeMap::new(),
         netns: Netns::new("pod").unwrap(),
         hosts: Vec::new(),
+        log: None,
         dir: dir.path().to_owned(),
     };
     let error = Daemon::start(&options).err().unwrap();

@@ -1,0 +1,65 @@
+//! The whole daemon: the real binary with the strict peers of the lab, each in
+//! a network namespace of its own, and packets. A test may be run alone; none
+//! needs more than a minute.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests end by panicking too"
+)]
+
+#[path = "e2e/changes.rs"]
+mod changes;
+#[path = "e2e/life.rs"]
+mod life;
+#[path = "e2e/outages.rs"]
+mod outages;
+#[path = "e2e/repair.rs"]
+mod repair;
+
+use std::time::Duration;
+
+use meridio_lab::topology::{LIMIT, Topology, TopologyOptions};
+use meridio_lab::traffic::{Flows, Pace, Step};
+
+/// Intervals of traffic before and after a change.
+const REST: usize = 10;
+
+fn lab(lbs: usize, targets: usize) -> Topology {
+    Topology::start(TopologyOptions {
+        lbs,
+        targets,
+        ..TopologyOptions::default()
+    })
+    .unwrap()
+}
+
+/// 25 flows to each VIP, a packet of each in every 25 ms, for a minute.
+fn steady(lab: &Topology) -> Flows {
+    let pace = Pace {
+        interval: Duration::from_millis(25),
+        limit: Duration::from_secs(60),
+    };
+    lab.steady(&pace, 25).unwrap()
+}
+
+/// What became of the packets around a change, from a while before it until
+/// every flow is answered again.
+fn during(traffic: &Flows, change: impl FnOnce()) -> Step {
+    let mark = traffic.mark();
+    assert!(traffic.run_for(REST, LIMIT));
+    change();
+    assert!(traffic.run_for(REST, LIMIT));
+    assert!(
+        traffic.all_answered_since(traffic.mark(), LIMIT),
+        "not every flow recovers: {}",
+        traffic.step(mark)
+    );
+    traffic.step(mark)
+}
+
+/// No call was refused, and nothing of a VIP left by the primary interface.
+fn in_good_order(lab: &Topology) {
+    assert_eq!(lab.nsmgr.refusals(), Vec::<String>::new());
+    assert_eq!(lab.infra.leaked().unwrap(), 0, "leaked packets");
+}
