@@ -12,40 +12,33 @@ use crate::policy::unknown;
 use meridio_proxy::proto::connection::{Connection, ConnectionEventType, State};
 use rig::{LB_SERVICE, LIMIT, PROXY_SERVICE, Rig, event, find, find_event, soon};
 
-#[test]
-fn life_of_a_connection_to_an_lb() {
-    let rig = Rig::new();
-    let session = rig.session();
-    let finds = session.find_endpoints(&find(LB_SERVICE, true)).unwrap();
-    let (found, deleted) = find_event(&finds);
-    assert_eq!((found.name.as_str(), deleted), ("lb-1", false));
-    assert!(found.url.starts_with("inode://"), "{}", found.url);
-
-    let first = rig
-        .request(&session, rig.new_connection("c1", "lb-1"))
-        .unwrap();
+/// A first answer's path, labels, and the pair that was made.
+fn assert_complete(rig: &Rig, first: &Connection) {
     assert_eq!((first.id.as_str(), first.path.index), ("c1", 0));
-    let names: Vec<_> = first
-        .path
-        .path_segments
-        .iter()
-        .map(|s| s.name.as_str())
-        .collect();
+    let segments = &first.path.path_segments;
+    let names: Vec<_> = segments.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(
         names,
         ["client", "nsmgr-node-a", "forwarder-node-a", "lb-1"]
     );
-    assert!(
-        first
-            .path
-            .path_segments
-            .iter()
-            .all(|s| s.expires.is_some() && !s.token.is_empty())
-    );
+    let stamped = segments
+        .iter()
+        .all(|s| s.expires.is_some() && !s.token.is_empty());
+    assert!(stamped, "{segments:?}");
     assert_eq!(first.labels["nodeName"], "node-a");
     assert_eq!(first.context.MTU, 1500);
     rig.datapath
         .assert_pair("server-c1", "client-c1", &rig.netns, &rig.lb.netns());
+}
+
+#[test]
+fn life_of_a_connection_to_an_lb() {
+    let rig = Rig::new();
+    let session = rig.session();
+    let first = rig
+        .request(&session, rig.new_connection("c1", "lb-1"))
+        .unwrap();
+    assert_complete(&rig, &first);
 
     let monitor = session.monitor(&rig.selector("c1")).unwrap();
     let (kind, seen) = event(&monitor);
@@ -69,8 +62,8 @@ fn life_of_a_connection_to_an_lb() {
     assert_eq!(event(&monitor).0, ConnectionEventType::DELETE);
     assert_eq!(event(&monitor).0, ConnectionEventType::UPDATE);
     assert_eq!(
-        rig.datapath.log(),
-        ["connect", "connect", "disconnect", "connect"]
+        rig.datapath.log().join(" "),
+        "connect connect disconnect connect"
     );
 
     session.close(&third, LIMIT).unwrap();
@@ -78,19 +71,21 @@ fn life_of_a_connection_to_an_lb() {
     session.close(&third, LIMIT).unwrap();
     assert_eq!((rig.nsmgr.connections().len(), rig.nsmgr.crosses()), (0, 0));
     assert_eq!(
-        rig.lb.log(),
-        [
-            "request",
-            "connected",
-            "request",
-            "connected",
-            "close",
-            "request",
-            "connected",
-            "close"
-        ]
+        rig.lb.log().join(" "),
+        "request connected request connected close request connected close"
     );
+    rig.assert_no_refusals();
+}
 
+#[test]
+fn an_lb_is_found_until_it_is_removed() {
+    let rig = Rig::new();
+    let session = rig.session();
+    let finds = session.find_endpoints(&find(LB_SERVICE, true)).unwrap();
+    let (found, deleted) = find_event(&finds);
+    assert_eq!((found.name.as_str(), deleted), ("lb-1", false));
+    assert!(found.url.starts_with("inode://"), "{}", found.url);
+    assert_eq!(rig.nsmgr.streams(), (0, 1));
     rig.nsmgr.remove_endpoint("lb-1");
     let (gone, deleted) = find_event(&finds);
     assert_eq!((gone.name.as_str(), deleted), ("lb-1", true));

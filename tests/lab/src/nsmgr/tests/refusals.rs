@@ -29,9 +29,8 @@ fn assert_refused(rig: &Rig, text: &str) {
     rig.nsmgr.wait_refusal(text, soon()).unwrap();
 }
 
-#[test]
-fn envelopes() {
-    let rig = Rig::new();
+/// Clients with a wrong envelope each, and what is said of it.
+fn wrong_envelopes(rig: &Rig) -> Vec<(&'static str, NsmClient)> {
     let other = Hop::new(&rig.pki, "other", "other", LIMIT);
     let nsmgr = rig.nsmgr.inner().hop.clone();
     let expired = Hop {
@@ -54,38 +53,43 @@ fn envelopes() {
     // Rotated after the handshake: right ID, other key.
     let rotated = Hop::new(&rig.pki, "ns/default/sa/meridio-proxy", "client", LIMIT);
     let rotated = rotated.token(&nsmgr.as_peer()).unwrap().jwt;
-    let cases: Vec<(&str, NsmClient)> = vec![
+    vec![
         (
             "nsm-client-token is there 0",
-            tampered(&rig, |h| h.retain(|(n, _)| n != TOKEN_HEADER)),
+            tampered(rig, |h| h.retain(|(n, _)| n != TOKEN_HEADER)),
         ),
         (
             "expires is there 0",
-            tampered(&rig, |h| h.retain(|(n, _)| n != EXPIRES_HEADER)),
+            tampered(rig, |h| h.retain(|(n, _)| n != EXPIRES_HEADER)),
         ),
-        ("is there 2", tampered(&rig, |h| h.push(h[0].clone()))),
+        ("is there 2", tampered(rig, |h| h.push(h[0].clone()))),
         (
             "RFC 3339",
-            tampered(&rig, set(EXPIRES_HEADER, "soon".into())),
+            tampered(rig, set(EXPIRES_HEADER, "soon".into())),
         ),
         (
             "later than a certificate",
-            tampered(&rig, set(EXPIRES_HEADER, "2100-01-01T00:00:00Z".into())),
+            tampered(rig, set(EXPIRES_HEADER, "2100-01-01T00:00:00Z".into())),
         ),
         (
             "in the past",
-            tampered(&rig, set(EXPIRES_HEADER, "2001-01-01T00:00:00Z".into())),
+            tampered(rig, set(EXPIRES_HEADER, "2001-01-01T00:00:00Z".into())),
         ),
-        ("three parts", tampered(&rig, set(TOKEN_HEADER, "x".into()))),
-        ("sub", tampered(&rig, set(TOKEN_HEADER, foreign))),
-        ("aud", tampered(&rig, set(TOKEN_HEADER, elsewhere))),
-        ("tokens_expired", tampered(&rig, set(TOKEN_HEADER, late))),
+        ("three parts", tampered(rig, set(TOKEN_HEADER, "x".into()))),
+        ("sub", tampered(rig, set(TOKEN_HEADER, foreign))),
+        ("aud", tampered(rig, set(TOKEN_HEADER, elsewhere))),
+        ("tokens_expired", tampered(rig, set(TOKEN_HEADER, late))),
         (
             "not signed by the TLS peer",
-            tampered(&rig, set(TOKEN_HEADER, rotated)),
+            tampered(rig, set(TOKEN_HEADER, rotated)),
         ),
-    ];
-    for (want, client) in cases {
+    ]
+}
+
+#[test]
+fn envelopes() {
+    let rig = Rig::new();
+    for (want, client) in wrong_envelopes(&rig) {
         let session = client.dial(&rig.socket()).unwrap();
         let error = rig
             .request(&session, rig.new_connection("c1", "lb-1"))
@@ -140,65 +144,69 @@ fn sessions() {
     );
 }
 
+type Change = fn(&mut NetworkServiceRequest);
+
+fn connection(request: &mut NetworkServiceRequest) -> &mut Connection {
+    request.connection.mut_or_insert_default()
+}
+
+/// What is said, with which code, of a Request that was changed so.
+const WRONG_REQUESTS: [(&str, Code, Change); 14] = [
+    ("without a connection", Code::INVALID_ARGUMENT, |r| {
+        r.connection.clear();
+    }),
+    ("prev_token_signed", Code::PERMISSION_DENIED, |r| {
+        connection(r).path.clear();
+    }),
+    ("should be equal", Code::UNKNOWN, |r| {
+        connection(r).id = "x".into();
+    }),
+    ("should be less", Code::UNKNOWN, |r| {
+        connection(r).path.mut_or_insert_default().index = 7;
+    }),
+    ("is not found", Code::UNKNOWN, |r| {
+        connection(r).network_service = "x".into();
+    }),
+    ("is not found", Code::UNKNOWN, |r| {
+        connection(r).payload = "IP".into();
+    }),
+    ("lb-9 is not found", Code::UNKNOWN, |r| {
+        connection(r).network_service_endpoint_name = "lb-9".into();
+    }),
+    ("collapse", Code::INVALID_ARGUMENT, |r| {
+        connection(r).network_service_endpoint_name.clear();
+    }),
+    ("cannot support", Code::INVALID_ARGUMENT, |r| {
+        r.mechanism_preferences.clear();
+    }),
+    ("cannot support", Code::INVALID_ARGUMENT, |r| {
+        r.mechanism_preferences[0].type_ = "VXLAN".into();
+    }),
+    ("cls", Code::INVALID_ARGUMENT, |r| {
+        r.mechanism_preferences[0].cls = "REMOTE".into();
+    }),
+    ("interface name", Code::INVALID_ARGUMENT, |r| {
+        let name = "sixteen-bytes-xx".to_owned();
+        r.mechanism_preferences[0]
+            .parameters
+            .insert("name".into(), name);
+    }),
+    ("is not inode://", Code::INVALID_ARGUMENT, |r| {
+        let url = "file:///proc/self/ns/net".to_owned();
+        r.mechanism_preferences[0]
+            .parameters
+            .insert("inodeURL".into(), url);
+    }),
+    ("", Code::DEADLINE_EXCEEDED, |r| {
+        r.mechanism_preferences[0] = mechanism("nsm-1", "inode://1/1");
+    }),
+];
+
 #[test]
 fn requests() {
     let rig = Rig::new();
     let session = rig.session();
-    type Change = fn(&mut NetworkServiceRequest);
-    fn connection(request: &mut NetworkServiceRequest) -> &mut Connection {
-        request.connection.mut_or_insert_default()
-    }
-    let cases: [(&str, Code, Change); 14] = [
-        ("without a connection", Code::INVALID_ARGUMENT, |r| {
-            r.connection.clear();
-        }),
-        ("prev_token_signed", Code::PERMISSION_DENIED, |r| {
-            connection(r).path.clear();
-        }),
-        ("should be equal", Code::UNKNOWN, |r| {
-            connection(r).id = "x".into();
-        }),
-        ("should be less", Code::UNKNOWN, |r| {
-            connection(r).path.mut_or_insert_default().index = 7;
-        }),
-        ("is not found", Code::UNKNOWN, |r| {
-            connection(r).network_service = "x".into();
-        }),
-        ("is not found", Code::UNKNOWN, |r| {
-            connection(r).payload = "IP".into();
-        }),
-        ("lb-9 is not found", Code::UNKNOWN, |r| {
-            connection(r).network_service_endpoint_name = "lb-9".into();
-        }),
-        ("collapse", Code::INVALID_ARGUMENT, |r| {
-            connection(r).network_service_endpoint_name.clear();
-        }),
-        ("cannot support", Code::INVALID_ARGUMENT, |r| {
-            r.mechanism_preferences.clear();
-        }),
-        ("cannot support", Code::INVALID_ARGUMENT, |r| {
-            r.mechanism_preferences[0].type_ = "VXLAN".into();
-        }),
-        ("cls", Code::INVALID_ARGUMENT, |r| {
-            r.mechanism_preferences[0].cls = "REMOTE".into();
-        }),
-        ("interface name", Code::INVALID_ARGUMENT, |r| {
-            let name = "sixteen-bytes-xx".to_owned();
-            r.mechanism_preferences[0]
-                .parameters
-                .insert("name".into(), name);
-        }),
-        ("is not inode://", Code::INVALID_ARGUMENT, |r| {
-            let url = "file:///proc/self/ns/net".to_owned();
-            r.mechanism_preferences[0]
-                .parameters
-                .insert("inodeURL".into(), url);
-        }),
-        ("", Code::DEADLINE_EXCEEDED, |r| {
-            r.mechanism_preferences[0] = mechanism("nsm-1", "inode://1/1");
-        }),
-    ];
-    for (want, code, change) in cases {
+    for (want, code, change) in WRONG_REQUESTS {
         let mut request = NetworkServiceRequest {
             connection: Some(rig.new_connection("c1", "lb-1")).into(),
             mechanism_preferences: rig.preferences(),
