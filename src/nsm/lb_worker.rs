@@ -320,6 +320,8 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let netns = &self.shared.netns;
         match self.shared.nsmgr.close(&connection, netns, deadline, stop) {
             Ok(()) => info!(id = self.template.id; "connection closed"),
+            // Interrupted by the order to stop: it is made again then.
+            Err(RpcError::Cancelled) if !self.stopping && stop.is_set() => return,
             Err(error) => warn!(id = self.template.id; "Close failed: {error}"),
         }
         self.session.closed(clock::now());

@@ -1,54 +1,95 @@
 //! What the kernel says of an interface that a connection is said to have.
 
-use std::path::Path;
+use log::warn;
 
 use crate::core::ids::IfName;
+use crate::core::observed::Observed;
+use crate::kernel::Rtnl;
+use crate::kernel::netlink::Netlink;
+use crate::kernel::netlink::socket::RequestSocket;
 
-/// The bridge that ports of connections are in.
-const BRIDGE: &str = "bridge0";
-/// sysfs shows the network namespace that it was mounted in, which in a
-/// container is the pod's.
-const SYSFS: &str = "/sys/class/net";
+/// Bytes that the kernel keeps of an alias (IFALIASZ less the NUL).
+const ALIAS_MAX: usize = 255;
 
 /// Whether `ifname` is a port of the bridge and was made for the connection
-/// `id`: forwarders give the client's end the alias `server-<id>`
-/// (sdk-vpp pkg/tools/mechutils). Anything that cannot be read counts as no.
+/// `id`. Asked of the kernel by the calling thread itself, once in the life of
+/// a session and before anything is changed: `net` answers nobody. What cannot
+/// be read counts as no.
 pub(super) fn is_in_place(ifname: &IfName, id: &str) -> bool {
-    is_in_place_below(Path::new(SYSFS), ifname, id)
+    let observed = RequestSocket::open().and_then(|socket| Netlink::new(socket).snapshot());
+    match observed {
+        Ok(observed) => fits(&observed, ifname, id),
+        Err(error) => {
+            warn!("cannot look at {ifname}, so its connection is rebuilt: {error}");
+            false
+        }
+    }
 }
 
-fn is_in_place_below(sysfs: &Path, ifname: &IfName, id: &str) -> bool {
-    let link = sysfs.join(ifname.as_str());
-    let alias = std::fs::read_to_string(link.join("ifalias")).unwrap_or_default();
-    let master = std::fs::read_link(link.join("master")).unwrap_or_default();
-    // The kernel keeps 255 bytes of an alias.
-    let expected = format!("server-{id}");
-    let kept = expected.get(..255).unwrap_or(&expected);
-    alias.trim_end_matches('\n') == kept
-        && master.file_name().and_then(|name| name.to_str()) == Some(BRIDGE)
+/// Forwarders give the client's end the alias `server-<id>` (sdk-vpp
+/// pkg/tools/mechutils).
+fn fits(observed: &Observed, ifname: &IfName, id: &str) -> bool {
+    let alias = format!("server-{id}");
+    let kept = alias.get(..ALIAS_MAX).unwrap_or(&alias);
+    let bridge = observed.bridge().map(|bridge| bridge.index);
+    observed.named(ifname).is_some_and(|link| {
+        bridge.is_some() && link.master == bridge && link.alias.as_deref() == Some(kept)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
+    use crate::core::ids::IfIndex;
+    use crate::core::observed::Link;
+    use crate::core::op::BRIDGE;
+
+    fn link(index: u32, name: &str, alias: Option<&str>, master: Option<u32>) -> Link {
+        Link {
+            index: IfIndex::new(index).unwrap(),
+            name: IfName::parse(name).unwrap(),
+            alias: alias.map(str::to_owned),
+            master: master.and_then(IfIndex::new),
+            up: true,
+            carrier: true,
+            is_bridge: name.starts_with("br"),
+        }
+    }
 
     #[test]
     fn alias_and_bridge_must_both_fit() {
-        let sysfs = std::env::temp_dir().join(format!("sysfs-{}", std::process::id()));
         let name = IfName::parse("load-balan-aB12").unwrap();
-        let link = sysfs.join(name.as_str());
-        std::fs::create_dir_all(&link).unwrap();
-        let fits = || is_in_place_below(&sysfs, &name, "id-1");
-        assert!(!fits(), "nothing can be read");
-        std::fs::write(link.join("ifalias"), "server-id-1\n").unwrap();
-        assert!(!fits(), "in no bridge");
-        symlink("../bridge0", link.join("master")).unwrap();
-        assert!(fits());
-        assert!(!is_in_place_below(&sysfs, &name, "id-2"));
-        std::fs::remove_file(link.join("master")).unwrap();
-        symlink("../br1", link.join("master")).unwrap();
-        assert!(!fits(), "in another bridge");
-        std::fs::remove_dir_all(&sysfs).unwrap();
+        for (alias, master, expected) in [
+            (Some("server-id-1"), Some(1), true),
+            (Some("server-id-1"), Some(2), false),
+            (Some("server-id-1"), None, false),
+            (Some("server-id-2"), Some(1), false),
+            (Some("client-id-1"), Some(1), false),
+            (Some("id-1"), Some(1), false),
+            (None, Some(1), false),
+        ] {
+            let mut observed = Observed::default();
+            observed.insert_link(link(2, "br1", None, None));
+            observed.insert_link(link(3, name.as_str(), alias, master));
+            assert!(!fits(&observed, &name, "id-1"), "there is no bridge");
+            observed.insert_link(link(1, BRIDGE, None, None));
+            assert_eq!(
+                fits(&observed, &name, "id-1"),
+                expected,
+                "{alias:?} in {master:?}"
+            );
+            let other = IfName::parse("other").unwrap();
+            assert!(!fits(&observed, &other, "id-1"));
+        }
+    }
+
+    #[test]
+    fn a_long_alias_is_compared_as_the_kernel_keeps_it() {
+        let id = "x".repeat(300);
+        let kept = format!("server-{}", "x".repeat(ALIAS_MAX - 7));
+        let mut observed = Observed::default();
+        observed.insert_link(link(1, BRIDGE, None, None));
+        observed.insert_link(link(2, "a", Some(&kept), Some(1)));
+        assert!(fits(&observed, &IfName::parse("a").unwrap(), &id));
     }
 }

@@ -169,88 +169,89 @@ fn a_good_answer_gives_interface_peers_and_lives() {
     assert_eq!(more.peers.len(), 3);
 }
 
+const HOSTILE: &[(Change, &str)] = &[
+    (|c| c.id = "other".to_owned(), "id is \"other\""),
+    (|c| c.path = MessageField::none(), "begins with []"),
+    (
+        |c| c.path.mut_or_insert_default().index = 1,
+        "the path has index 1",
+    ),
+    (
+        |c| c.path.mut_or_insert_default().path_segments.truncate(1),
+        "begins with",
+    ),
+    (
+        |c| c.path.mut_or_insert_default().path_segments[0].id.clear(),
+        "begins with",
+    ),
+    (
+        |c| c.path.mut_or_insert_default().path_segments[0].name = "eve".to_owned(),
+        "\"eve\"",
+    ),
+    (
+        |c| c.network_service_endpoint_name = "lb-8".to_owned(),
+        "endpoint \"lb-8\"",
+    ),
+    (|c| c.network_service_endpoint_name.clear(), "endpoint \"\""),
+    (|c| c.mechanism = MessageField::none(), "mechanism is \"\""),
+    (
+        |c| c.mechanism.mut_or_insert_default().type_ = "VXLAN".to_owned(),
+        "\"VXLAN\"",
+    ),
+    (
+        |c| c.mechanism.mut_or_insert_default().parameters.clear(),
+        "no interface name",
+    ),
+    (
+        |c| {
+            let parameters = &mut c.mechanism.mut_or_insert_default().parameters;
+            parameters.insert("name".to_owned(), "../../etc/passwd".to_owned());
+        },
+        "no interface name",
+    ),
+    (
+        |c| {
+            let parameters = &mut c.mechanism.mut_or_insert_default().parameters;
+            parameters.insert("name".to_owned(), "x".repeat(10_000));
+        },
+        "the mechanism \"xxx",
+    ),
+    (|c| ip(c).dst_ip_addrs.clear(), "no IPv4 address"),
+    (
+        |c| ip(c).dst_ip_addrs = vec!["172.16.0.4/24".to_owned(); 17],
+        "the peer has 17 addresses",
+    ),
+    (|c| ip(c).dst_ip_addrs.truncate(1), "no IPv6 address"),
+    (
+        |c| ip(c).dst_ip_addrs[0] = "172.16.0.4/33".to_owned(),
+        "\"172.16.0.4/33\" is no address",
+    ),
+    (
+        |c| ip(c).dst_ip_addrs[0] = "nonsense\n".to_owned(),
+        "\"nonsense\\n\" is no address",
+    ),
+    (
+        |c| ip(c).src_ip_addrs[0] = String::new(),
+        "\"\" is no address",
+    ),
+    (
+        |c| ip(c).dst_ip_addrs[0] = "8.8.8.8/32".to_owned(),
+        "8.8.8.8/32 is no neighbour",
+    ),
+    (
+        |c| ip(c).dst_ip_addrs[0] = "172.16.0.5/24".to_owned(),
+        "172.16.0.5/24 is no neighbour",
+    ),
+    (
+        |c| ip(c).dst_ip_addrs.push("0.0.0.0/0".to_owned()),
+        "0.0.0.0/0 is no neighbour",
+    ),
+];
+
 #[test]
 fn hostile_answers_are_refused_with_the_reason() {
-    let cases: [(Change, &str); 22] = [
-        (|c| c.id = "other".to_owned(), "id is \"other\""),
-        (|c| c.path = MessageField::none(), "begins with []"),
-        (
-            |c| c.path.mut_or_insert_default().index = 1,
-            "the path has index 1",
-        ),
-        (
-            |c| c.path.mut_or_insert_default().path_segments.truncate(1),
-            "begins with",
-        ),
-        (
-            |c| c.path.mut_or_insert_default().path_segments[0].id.clear(),
-            "begins with",
-        ),
-        (
-            |c| c.path.mut_or_insert_default().path_segments[0].name = "eve".to_owned(),
-            "\"eve\"",
-        ),
-        (
-            |c| c.network_service_endpoint_name = "lb-8".to_owned(),
-            "endpoint \"lb-8\"",
-        ),
-        (|c| c.network_service_endpoint_name.clear(), "endpoint \"\""),
-        (|c| c.mechanism = MessageField::none(), "mechanism is \"\""),
-        (
-            |c| c.mechanism.mut_or_insert_default().type_ = "VXLAN".to_owned(),
-            "\"VXLAN\"",
-        ),
-        (
-            |c| c.mechanism.mut_or_insert_default().parameters.clear(),
-            "no interface name",
-        ),
-        (
-            |c| {
-                let parameters = &mut c.mechanism.mut_or_insert_default().parameters;
-                parameters.insert("name".to_owned(), "../../etc/passwd".to_owned());
-            },
-            "no interface name",
-        ),
-        (
-            |c| {
-                let parameters = &mut c.mechanism.mut_or_insert_default().parameters;
-                parameters.insert("name".to_owned(), "x".repeat(10_000));
-            },
-            "the mechanism \"xxx",
-        ),
-        (|c| ip(c).dst_ip_addrs.clear(), "no IPv4 address"),
-        (
-            |c| ip(c).dst_ip_addrs = vec!["172.16.0.4/24".to_owned(); 17],
-            "the peer has 17 addresses",
-        ),
-        (|c| ip(c).dst_ip_addrs.truncate(1), "no IPv6 address"),
-        (
-            |c| ip(c).dst_ip_addrs[0] = "172.16.0.4/33".to_owned(),
-            "\"172.16.0.4/33\" is no address",
-        ),
-        (
-            |c| ip(c).dst_ip_addrs[0] = "nonsense\n".to_owned(),
-            "\"nonsense\\n\" is no address",
-        ),
-        (
-            |c| ip(c).src_ip_addrs[0] = String::new(),
-            "\"\" is no address",
-        ),
-        (
-            |c| ip(c).dst_ip_addrs[0] = "8.8.8.8/32".to_owned(),
-            "8.8.8.8/32 is no neighbour",
-        ),
-        (
-            |c| ip(c).dst_ip_addrs[0] = "172.16.0.5/24".to_owned(),
-            "172.16.0.5/24 is no neighbour",
-        ),
-        (
-            |c| ip(c).dst_ip_addrs.push("0.0.0.0/0".to_owned()),
-            "0.0.0.0/0 is no neighbour",
-        ),
-    ];
-    for (change, expected) in cases {
-        let error = check(change).unwrap_err().to_string();
+    for (change, expected) in HOSTILE {
+        let error = check(*change).unwrap_err().to_string();
         assert!(error.contains(expected), "{error:?} lacks {expected:?}");
     }
 }
