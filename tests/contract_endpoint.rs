@@ -9,6 +9,8 @@
 
 #[path = "contract_endpoint/forwarder.rs"]
 mod forwarder;
+#[path = "contract_endpoint/strict.rs"]
+mod strict;
 #[path = "contract_endpoint/world.rs"]
 mod world;
 

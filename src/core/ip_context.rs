@@ -74,6 +74,19 @@ impl fmt::Display for ContextError {
 
 impl std::error::Error for ContextError {}
 
+/// Whether all that a context lists are addresses: worth knowing before any
+/// are allocated for it.
+///
+/// # Errors
+///
+/// What is none.
+pub fn check(asked: &IpContext) -> Result<(), ContextError> {
+    parse("src_ip_addrs", &asked.src)?;
+    parse("dst_ip_addrs", &asked.dst)?;
+    parse("extra_prefixes", &asked.gateways)?;
+    Ok(())
+}
+
 /// The context that answers `asked`.
 ///
 /// # Errors
@@ -346,6 +359,7 @@ mod tests {
                     ..IpContext::default()
                 },
             ] {
+                assert!(check(&asked).is_err());
                 let error = refused(asked, IpFamilies::V4).to_string();
                 assert!(error.contains("which is no IP address"), "{error}");
             }

@@ -167,6 +167,7 @@ impl Registration {
         }
         self.phase = Phase::Registered;
         self.pause = PAUSE_MIN;
+        let used = self.attempt;
         if left < SKEWED {
             self.due = now + REFRESH_SKEWED;
             self.attempt = ATTEMPT_MAX;
@@ -174,7 +175,8 @@ impl Registration {
         }
         let left = left.min(LIFETIME);
         self.attempt = (left / 6).clamp(ATTEMPT_MIN, ATTEMPT_MAX);
-        let refresh = left * 2 / 3;
+        let dropped = left.saturating_sub(used);
+        let refresh = (left * 2 / 3).min(dropped * 4 / 5).max(PAUSE_MIN);
         self.due = now + refresh - refresh * u32::from(jitter) / (255 * 20);
     }
 
@@ -274,18 +276,22 @@ mod tests {
     #[test]
     fn refreshes_well_before_a_hop_drops_the_entry() {
         let t = start();
-        for (left, refresh, attempt) in [
-            (60_000, 40_000, 5_000),
-            (90_000, 40_000, 5_000),
-            (3_000, 2_000, 500),
-            (12_000, 8_000, 2_000),
+        // The first attempt does not know yet how little it will be granted.
+        for (left, first, attempt, then) in [
+            (60_000, 40_000, 5_000, 40_000),
+            (90_000, 40_000, 5_000, 40_000),
+            (12_000, 5_600, 2_000, 8_000),
+            (3_000, 200, 500, 2_000),
         ] {
             let mut machine = registered(t, ms(left));
             assert!(machine.is_registered());
-            assert_eq!(machine.next(t), Step::Wait(t + ms(refresh)));
+            assert_eq!(machine.next(t), Step::Wait(t + ms(first)));
             assert_eq!(machine.attempt_timeout(), ms(attempt));
-            assert!(ms(refresh) < ms(left) - machine.attempt_timeout());
-            assert_eq!(machine.next(t + ms(refresh)), Step::RegisterEndpoint);
+            let t = t + ms(first);
+            assert_eq!(machine.next(t), Step::RegisterEndpoint);
+            machine.endpoint_registered(ms(left), 0, t);
+            assert_eq!(machine.next(t), Step::Wait(t + ms(then)));
+            assert!(ms(then) < ms(left) - ms(attempt), "before a hop drops it");
         }
     }
 

@@ -32,6 +32,7 @@ const LIFE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// Draws of an interface name before a Request is given up.
 const DRAWS: usize = 16;
+
 impl Desk {
     /// Everything before IPAM. On success the connection's claim is held.
     pub(super) fn start_request(
@@ -58,6 +59,7 @@ impl Desk {
             return Err(RpcError::status(Code::UNKNOWN, text));
         }
         path::trim(&mut connection, place);
+        ip_context::check(&convert::ip_context(&connection)).map_err(|error| unusable(&error))?;
         let claim = Claim {
             lease: path::lease_id(&connection)?,
             ifname: self.interface(id, &link, &connection.network_service)?,
@@ -177,7 +179,7 @@ impl Desk {
         let connection = &mut wanted.connection;
         let context = convert::ip_context(connection);
         let answer = ip_context::answer(context, addresses, self.parts.families)
-            .map_err(|error| RpcError::status(Code::INVALID_ARGUMENT, error.to_string()))?;
+            .map_err(|error| unusable(&error))?;
         convert::set_ip_context(connection, answer, self.parts.mtu);
         let Some(ifname) = &wanted.claim.ifname else {
             mechanism::set(connection, wanted.mechanism.clone(), None);
@@ -232,6 +234,10 @@ impl Desk {
         self.monitors.update(connection);
         log_up(id, claim, addresses, before.is_none());
     }
+}
+
+fn unusable(error: &ip_context::ContextError) -> RpcError {
+    RpcError::status(Code::INVALID_ARGUMENT, error.to_string())
 }
 
 fn internal(what: &str, error: &io::Error) -> RpcError {
