@@ -25,6 +25,8 @@ use output::{Output, Queue};
 /// The target of records that are printed with severity `critical`.
 pub const CRITICAL: &str = "critical";
 
+/// The name of the thread that writes.
+const THREAD: &str = "log";
 /// `service_id` of Meridio's proxy.
 const SERVICE_ID: &str = "Meridio-proxy";
 /// `version` of the log format, not of the program.
@@ -73,9 +75,9 @@ impl Logging {
     pub fn start(threads: &Threads, level: LevelFilter) -> io::Result<Self> {
         let output = Output::stdout()?;
         let (queue, lines) = output::queue();
-        panic::report_to(&output, &lines)?;
+        panic::report_to(&output, &queue, &lines);
         let dropped = queue.dropped();
-        let thread = threads.spawn("log", STACK_SMALL, move |stop| {
+        let thread = threads.spawn(THREAD, STACK_SMALL, move |stop| {
             output::run(&output, &lines, &dropped, &stop);
         })?;
         let logger = logger(queue);

@@ -326,15 +326,20 @@ fn started() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 /// The name that an argument stands for: a literal, a `format!`, or a variable
-/// made with one in the same file.
+/// or constant of the same file.
 fn name_of(argument: &str, code: &str) -> Option<String> {
     let argument = argument.trim().trim_start_matches('&');
     if argument.starts_with('"') || argument.starts_with("format!(\"") {
         return Some(pattern(argument.split('"').nth(1)?));
     }
-    let made = format!("let {argument} = format!(\"");
-    let (_, rest) = code.split_once(&made)?;
-    Some(pattern(rest.split('"').next()?))
+    [
+        format!("let {argument} = format!(\""),
+        format!("const {argument}: &str = \""),
+    ]
+    .iter()
+    .find_map(|made| code.split_once(made.as_str()))
+    .and_then(|(_, rest)| rest.split('"').next())
+    .map(pattern)
 }
 
 /// `lb:{}` and `lb:{n}` as `lb:*`.
@@ -466,6 +471,7 @@ fn the_checks_see_what_they_shall() {
     );
     let code = "let name = format!(\"conn-{}\", x);";
     assert_eq!(name_of("&name", code), Some("conn-*".to_owned()));
+    assert_eq!(name_of("A", "const A: &str = \"b\";"), Some("b".to_owned()));
     assert_eq!(name_of("other", code), None);
     let text = ["    pub(super) fn f() {", "        g();", "    }", "}"];
     assert_eq!(function_length(&text), Some(3));

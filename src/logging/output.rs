@@ -1,6 +1,7 @@
 //! The queue of lines, the thread that empties it, and writing that cannot
 //! take for ever.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, select};
 use serde_json::Map;
 
 use super::{Count, entry};
@@ -22,14 +23,23 @@ const BOUND: usize = 4096;
 /// without blocking.
 const CHUNK: usize = 4096;
 
+/// What the thread `log` takes.
+pub(super) enum Item {
+    /// A line, with its line feed.
+    Line(Vec<u8>),
+    /// Dropped when all before it is written, which its receiver sees.
+    Flush(Sender<Infallible>),
+}
+
 /// The queue's sending end, as the formatter's sink: each write is a line.
+#[derive(Clone)]
 pub(super) struct Queue {
-    lines: Sender<Vec<u8>>,
+    lines: Sender<Item>,
     dropped: Count,
 }
 
 /// A queue, and its receiving end.
-pub(super) fn queue() -> (Queue, Receiver<Vec<u8>>) {
+pub(super) fn queue() -> (Queue, Receiver<Item>) {
     let (lines, receiver) = bounded(BOUND);
     let dropped = Count::default();
     (Queue { lines, dropped }, receiver)
@@ -40,11 +50,21 @@ impl Queue {
     pub(super) fn dropped(&self) -> Count {
         Arc::clone(&self.dropped)
     }
+
+    /// Puts `line` last and waits until all is written; false when that was
+    /// not done by `deadline`.
+    pub(super) fn write_through(&self, line: Vec<u8>, deadline: Instant) -> bool {
+        let (tx, written) = bounded(0);
+        [Item::Line(line), Item::Flush(tx)]
+            .into_iter()
+            .all(|item| self.lines.send_deadline(item, deadline).is_ok())
+            && written.recv_deadline(deadline) == Err(RecvTimeoutError::Disconnected)
+    }
 }
 
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if let Err(TrySendError::Full(_)) = self.lines.try_send(line.to_vec()) {
+        if let Err(TrySendError::Full(_)) = self.lines.try_send(Item::Line(line.to_vec())) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
         Ok(line.len())
@@ -97,19 +117,21 @@ impl Output {
 }
 
 /// The thread `log`: writes lines until stopped, then what is left.
-pub(super) fn run(output: &Output, lines: &Receiver<Vec<u8>>, dropped: &Count, stop: &Stop) {
+pub(super) fn run(output: &Output, lines: &Receiver<Item>, dropped: &Count, stop: &Stop) {
+    let take = |item| match item {
+        Item::Line(line) => write(output, &line, dropped),
+        Item::Flush(written) => drop(written),
+    };
     loop {
         select! {
-            recv(lines) -> line => match line {
-                Ok(line) => write(output, &line, dropped),
+            recv(lines) -> item => match item {
+                Ok(item) => take(item),
                 Err(_) => return,
             },
             recv(stop.receiver()) -> _ => break,
         }
     }
-    for line in lines.try_iter() {
-        write(output, &line, dropped);
-    }
+    lines.try_iter().for_each(take);
 }
 
 fn write(output: &Output, line: &[u8], dropped: &Count) {

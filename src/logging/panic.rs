@@ -3,38 +3,47 @@
 //! would otherwise leave every later call hanging.
 
 use std::backtrace::Backtrace;
-use std::io;
 use std::panic::PanicHookInfo;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 use serde_json::Map;
 
-use super::output::Output;
+use super::output::{Item, Output, Queue};
 use super::{entry, termination_message};
 use crate::sync::clock;
 
 /// How long a reader of standard output that does not read may delay the end.
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
 
-/// Sets the hook. It writes what is in the queue first, so that the lines
+/// Sets the hook. What is in the queue is written first, so that the lines
 /// before the bug are not lost with it.
-pub(super) fn report_to(output: &Output, lines: &Receiver<Vec<u8>>) -> io::Result<()> {
-    let (output, lines) = (output.clone(), lines.clone());
+pub(super) fn report_to(output: &Output, queue: &Queue, lines: &Receiver<Item>) {
+    let (output, queue, lines) = (output.clone(), queue.clone(), lines.clone());
     std::panic::set_hook(Box::new(move |panic| {
-        let deadline = clock::now() + WRITE_LIMIT;
         let (line, reason) = describe(panic);
-        for queued in lines.try_iter() {
-            if output.write(&queued, Some(deadline)).is_err() {
-                break;
-            }
+        let deadline = clock::now() + WRITE_LIMIT;
+        let own = std::thread::current().name() == Some(super::THREAD);
+        if own || !queue.write_through(line.clone(), deadline) {
+            // The thread `log` is the one that panics, has ended, or is stuck.
+            write_directly(&output, &lines, &line);
         }
-        // Nothing is left to be done about a failure.
-        let _ = output.write(&line, Some(deadline + WRITE_LIMIT));
         termination_message(&reason);
         std::process::abort();
     }));
-    Ok(())
+}
+
+fn write_directly(output: &Output, lines: &Receiver<Item>, last: &[u8]) {
+    let deadline = Some(clock::now() + WRITE_LIMIT);
+    for item in lines.try_iter() {
+        if let Item::Line(line) = item
+            && output.write(&line, deadline).is_err()
+        {
+            return;
+        }
+    }
+    // Nothing is left to be done about a failure.
+    let _ = output.write(last, deadline);
 }
 
 fn describe(panic: &PanicHookInfo<'_>) -> (Vec<u8>, String) {
