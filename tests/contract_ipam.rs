@@ -85,6 +85,7 @@ fn calls_of_many_connections_run_beside_each_other() {
     }
     // One after the other the 480 calls would take 2.4 s.
     let took = begun.elapsed();
+    println!("120 acquires took {took:?}");
     assert!(took < Duration::from_millis(1200), "{took:?}");
 }
 
@@ -252,6 +253,24 @@ fn a_late_ipam_is_waited_for() {
     bench.serve();
     patient.recv().unwrap().unwrap();
     bench.bridge();
+}
+
+#[test]
+fn a_rotation_of_the_certificate_fails_no_call() {
+    let bench = Bench::start();
+    bench.bridge();
+    bench
+        .lab
+        .set_delay(Verb::Allocate, Duration::from_millis(20));
+    for n in 0..40 {
+        let answers = ["a", "b", "c"].map(|id| bench.ask(&format!("{id}{n}"), secs(10)));
+        bench.rotate();
+        for answer in answers {
+            answer.recv().unwrap().unwrap();
+        }
+    }
+    let calls = bench.lab.calls();
+    assert_eq!(calls.len(), 2 + 40 * 3 * 4, "none was repeated");
 }
 
 #[test]

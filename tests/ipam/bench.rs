@@ -15,6 +15,7 @@ use meridio_proxy::kernel::{NetHandle, NetMsg};
 use meridio_proxy::proto::ipam::{Child, IPFamily, Subnet};
 use meridio_proxy::proto::nsp::{Conduit, Trench};
 use meridio_proxy::rpc::env::Rpc;
+use meridio_proxy::spiffe::SvidCell;
 use meridio_proxy::sync::clock;
 use meridio_proxy::sync::thread::Threads;
 use meridio_proxy::transport::client::{Address, Connector, ConnectorOptions};
@@ -30,6 +31,7 @@ pub struct Bench {
     address: SocketAddr,
     rpc: Rpc,
     pki: Pki,
+    own: SvidCell,
 }
 
 impl Bench {
@@ -59,10 +61,11 @@ impl Bench {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
+        let own = pki.cell(&pki.id("proxy"), secs(3600));
         let connector = Connector::start(
             &threads,
             &rpc,
-            pki.cell(&pki.id("proxy"), secs(3600)),
+            own.clone(),
             ConnectorOptions {
                 name: "ipam",
                 address: Address::Tcp {
@@ -94,6 +97,7 @@ impl Bench {
             address,
             rpc,
             pki,
+            own,
         };
         if is_serving {
             bench.serve();
@@ -108,6 +112,12 @@ impl Bench {
         let cell = self.pki.cell(&self.pki.id("ipam"), secs(3600));
         let threads = Threads::unsupervised();
         self.lab.serve(&threads, &self.rpc, cell, listener).unwrap();
+    }
+
+    /// Gives the client a new certificate.
+    pub fn rotate(&self) {
+        self.pki
+            .refill(&self.own, &self.pki.id("proxy"), secs(3600));
     }
 
     pub fn ipam(&self) -> IpamHandle {
