@@ -42,9 +42,9 @@ impl Nsmgr {
         inner.keep_lb(&name).expect("the lab's own registration");
     }
 
-    /// Unregisters an endpoint (watchers see it deleted) and closes its
-    /// connections (monitors see DELETE).
-    pub fn remove_endpoint(&self, name: &str) {
+    /// Unregisters an endpoint that goes in good order: watchers see it deleted,
+    /// and its connections stand until their clients close them.
+    pub fn unregister_endpoint(&self, name: &str) {
         let inner = self.inner();
         inner.timers.cancel(&format!("lb/{name}"));
         let Some(lb) = inner.state.lock().lbs.get(name).cloned() else {
@@ -57,6 +57,13 @@ impl Nsmgr {
                 .unregister_endpoint(name, &mut path, &inner.hop)
         });
         gone.expect("the lab's own registration");
+    }
+
+    /// Unregisters an endpoint and closes its connections (monitors see
+    /// DELETE).
+    pub fn remove_endpoint(&self, name: &str) {
+        self.unregister_endpoint(name);
+        let inner = self.inner();
         for connection in inner.monitors.all() {
             if connection.network_service_endpoint_name == name {
                 inner.end(&connection.id);
