@@ -20,7 +20,7 @@ use crate::spiffe::{Identity, PeerIdentity, SvidCell};
 use crate::sync::clock;
 use crate::sync::poll::WakeFd;
 use crate::sync::stop::{Stop, Stopper, stop_pair};
-use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
+use crate::sync::thread::{Joined, STACK_LARGE, ThreadHandle, Threads};
 use crate::sync::watch::Watch;
 
 /// Where a peer listens.
@@ -127,7 +127,8 @@ impl Connector {
             current.clone(),
             Arc::clone(&wake),
         )?;
-        let thread = threads.spawn(&name, STACK_SMALL, move |stop| manager.run(&stop))?;
+        // Large, since the C library resolves names on it.
+        let thread = threads.spawn(&name, STACK_LARGE, move |stop| manager.run(&stop))?;
         let running = Mutex::new(Some(Running {
             thread,
             _ended: stopper,

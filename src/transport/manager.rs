@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, never, select};
 use grpcio::Channel;
@@ -197,7 +197,13 @@ impl Manager {
         self.supersede(now);
         self.current = Some(Current {
             changed: connection.link().state().subscribe(),
-            renew_at: renew_at(&connection, Now::read()),
+            renew_at: renew_at(
+                [
+                    connection.identity().svid.not_after,
+                    connection.peer().not_after,
+                ],
+                Now::read(),
+            ),
             connection,
             since: now,
         });
@@ -330,11 +336,11 @@ impl Manager {
     }
 }
 
-/// Half the time that is left to the two certificates of the session: tokens on
-/// it expire with them, and NSM would have everything refreshed ever faster.
-fn renew_at(connection: &Connection, now: Now) -> Instant {
-    let own = connection.identity().svid.not_after;
-    let left = now.until(own.min(connection.peer().not_after));
+/// When a connection made `now` is due to be replaced, if its certificates
+/// expire at `not_after`: after half the time. Tokens on it expire with them,
+/// and NSM would have everything refreshed ever faster.
+fn renew_at(not_after: [SystemTime; 2], now: Now) -> Instant {
+    let left = now.until(not_after[0].min(not_after[1]));
     now.mono + (left / 2).max(RENEW_MIN)
 }
 
@@ -373,5 +379,26 @@ fn await_settings(link: &LinkHandle, limits: Limits<'_>) -> Result<(), DialError
                 ));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_renewed_before_its_certificates_are_old() {
+        let now = Now::read();
+        let after = |own: u64, peer: u64| {
+            let at = |seconds| now.wall + Duration::from_secs(seconds);
+            (renew_at([at(own), at(peer)], now) - now.mono).as_secs()
+        };
+        assert_eq!(after(3600, 3600), 1800);
+        assert_eq!(after(3600, 600), 300);
+        assert_eq!(after(600, 3600), 300);
+        // Not ever faster, where the peer keeps an old certificate.
+        assert_eq!(after(3600, 10), 30);
+        let past = now.wall - Duration::from_secs(5);
+        assert_eq!(renew_at([past, past], now) - now.mono, RENEW_MIN);
     }
 }

@@ -112,8 +112,9 @@ impl TlsServer {
         peers: PeerTable,
         services: Vec<Service>,
     ) -> Result<Self, ServerError> {
-        info!("listening on unix:{}", path.display());
+        let place = path.display().to_string();
         let listener = Listener::bind_unix(path)?;
+        info!("listening on unix:{place}");
         Self::start_on(threads, rpc, svid, listener, peers, services)
     }
 

@@ -1,17 +1,21 @@
-use meridio_proxy::proto::registry::NetworkServiceQuery;
+use meridio_proxy::proto::registry::{NetworkServiceQuery, NetworkServiceResponse};
 use meridio_proxy::rpc::call::Options;
 use meridio_proxy::rpc::method::NS_FIND;
-use meridio_proxy::rpc::pump::{self, Item};
+use meridio_proxy::rpc::pump::{self, Item, Pump, StreamError};
 use meridio_proxy::transport::client::{Address, Connection, Connector};
 
 use crate::rig::{CLIENT_ID, Rig, SERVER_ID, named, soon};
 
-fn find(connection: &Connection, count: usize) {
+fn open(connection: &Connection, count: usize) -> Pump<NetworkServiceResponse> {
     let query = NetworkServiceQuery {
         network_service: Some(named(&"x".repeat(count))).into(),
         ..Default::default()
     };
-    let stream = pump::open(connection.channel(), &NS_FIND, &query, &Options::default()).unwrap();
+    pump::open(connection.channel(), &NS_FIND, &query, &Options::default()).unwrap()
+}
+
+fn find(connection: &Connection, count: usize) {
+    let stream = open(connection, count);
     for _ in 0..count {
         let item = stream.items().recv_deadline(soon()).unwrap();
         assert!(matches!(item, Item::Message(_)), "{item:?}");
@@ -123,4 +127,46 @@ fn one_server_serves_many_connections() {
             CLIENT_ID
         );
     }
+}
+
+#[test]
+fn a_dropped_stream_is_cancelled_at_the_server() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let _server = rig.serve(rig.server_cell(), &path);
+    let connector = rig.connect_unix(rig.client_cell(), &path);
+    let connection = rig.acquire(&connector);
+    let changed = rig.open.subscribe();
+    let streams: Vec<_> = (0..5).map(|_| open(&connection, 1)).collect();
+    while rig.open.get() < 5 {
+        changed.recv_deadline(soon()).unwrap();
+    }
+    drop(streams);
+    while rig.open.get() > 0 {
+        changed.recv_deadline(soon()).unwrap();
+    }
+    // The connection lives on.
+    rig.echo(&connection, "n", &[]).unwrap();
+}
+
+#[test]
+fn a_reader_that_falls_behind_loses_its_stream() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let _server = rig.serve(rig.server_cell(), &path);
+    let connector = rig.connect_unix(rig.client_cell(), &path);
+    let connection = rig.acquire(&connector);
+    let stream = open(&connection, 200);
+    let changed = rig.open.subscribe();
+    // Given up without anybody having read.
+    while stream.items().len() < 65 || rig.open.get() > 0 {
+        changed.recv_deadline(soon()).unwrap();
+    }
+    let items: Vec<_> = stream.items().iter().collect();
+    assert_eq!(items.len(), 65);
+    assert!(matches!(
+        items.last(),
+        Some(Item::Ended(Err(StreamError::Lagged)))
+    ));
+    rig.echo(&connection, "n", &[]).unwrap();
 }

@@ -2,8 +2,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crossbeam_channel::{Sender, bounded};
+use grpcio::ServiceBuilder;
 use meridio_proxy::nsm::caller::NsmCaller;
 use meridio_proxy::proto::registry::NetworkServiceQuery;
 use meridio_proxy::rpc::call::Options;
@@ -12,13 +16,16 @@ use meridio_proxy::rpc::pump::{self, Item};
 use meridio_proxy::rpc::status::{Code, RpcError};
 use meridio_proxy::spiffe::SvidCell;
 use meridio_proxy::sync::clock;
-use meridio_proxy::sync::stop::stop_pair;
+use meridio_proxy::sync::stop::{Stop, stop_pair};
 use meridio_proxy::sync::watch::Watch;
 use meridio_proxy::transport::client::ConnectorState;
 use meridio_proxy::transport::error::{ConnectError, ServerError};
 use meridio_proxy::transport::server::{PeerTable, TlsServer};
 
+use parking_lot::Mutex;
+
 use crate::rig::{HOUR, Rig, named, soon};
+use crate::tap::Tap;
 
 const INSTANT: Duration = Duration::from_millis(500);
 
@@ -35,11 +42,135 @@ fn calls_go_on_after_the_server_restarts() {
                 .unary(&NS_REGISTER, &named("n"), &[], &Vec::new, soon(), &rig.stop)
                 .unwrap_or_else(|error| panic!("round {round}, call {call}: {error}"));
         }
-        // Half of them without time for the peers to notice.
+        // Half of them without time for running calls.
         if round % 2 == 0 {
             server.stop(soon());
         }
     }
+}
+
+#[test]
+fn parallel_calls_go_on_after_restarts_under_load() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let connector = rig.connect_unix(rig.client_cell(), &path);
+    let done = AtomicUsize::new(0);
+    let restarts = 12;
+    // Outlives the callers.
+    let mut server = rig.serve(rig.server_cell(), &path);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            let caller = NsmCaller::new(connector.clone(), HOUR);
+            let (rig, done) = (&rig, &done);
+            scope.spawn(move || {
+                while done.load(Ordering::Acquire) == 0 {
+                    caller
+                        .unary(&NS_REGISTER, &named("n"), &[], &Vec::new, soon(), &rig.stop)
+                        .unwrap();
+                }
+            });
+        }
+        for _ in 0..restarts {
+            rig.acquire(&connector);
+            let old = std::mem::replace(&mut server, {
+                // The socket's file is taken over, as by a successor.
+                rig.serve(rig.server_cell(), &path)
+            });
+            old.stop(clock::now());
+        }
+        rig.acquire(&connector);
+        done.store(1, Ordering::Release);
+    });
+}
+
+/// A server that takes calls and never answers.
+fn serve_silent(rig: &Rig, path: &Path, taken: Sender<()>) -> TlsServer {
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let service = ServiceBuilder::new()
+        .add_unary_handler(&NS_REGISTER, move |_, _, sink| {
+            held.lock().push(sink);
+            let _ = taken.try_send(());
+        })
+        .build();
+    TlsServer::start(
+        &rig.threads,
+        &rig.rpc,
+        rig.server_cell(),
+        path.to_owned(),
+        PeerTable::default(),
+        vec![service],
+    )
+    .unwrap()
+}
+
+#[test]
+fn a_call_whose_connection_is_lost_is_made_again() {
+    let rig = Rig::new();
+    let (front, back) = (rig.path("front.sock"), rig.path("back.sock"));
+    let (taken, took) = bounded(1);
+    let _silent = serve_silent(&rig, &back, taken);
+    let tap = Tap::start(&rig.threads, &front, &back);
+    let caller = NsmCaller::new(rig.connect_unix(rig.client_cell(), &front), HOUR);
+    let attempts = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| {
+            let descriptors = || {
+                attempts.fetch_add(1, Ordering::Relaxed);
+                vec![File::open("/proc/version").unwrap().into()]
+            };
+            caller.unary(
+                &NS_REGISTER,
+                &named("n"),
+                &[],
+                &descriptors,
+                soon(),
+                &rig.stop,
+            )
+        });
+        took.recv_deadline(soon()).unwrap();
+        let _answers = rig.serve(rig.server_cell(), &front);
+        tap.cut();
+        let reply = call.join().unwrap().unwrap();
+        assert_eq!(reply.message.name, "n");
+    });
+    // A new connection wants the descriptors again.
+    assert_eq!(attempts.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_call_ends_at_its_deadline_and_when_stopped() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let (taken, took) = bounded(1);
+    let silent = serve_silent(&rig, &path, taken);
+    let caller = NsmCaller::new(rig.connect_unix(rig.client_cell(), &path), HOUR);
+    let (stopper, stop) = stop_pair();
+    let call = |deadline, stop: &Stop| {
+        caller.unary(&NS_REGISTER, &named("n"), &[], &Vec::new, deadline, stop)
+    };
+    let error = call(clock::now() + INSTANT, &rig.stop).unwrap_err();
+    assert_eq!(error.code(), Some(Code::DEADLINE_EXCEEDED));
+    took.recv_deadline(soon()).unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| call(soon(), &stop));
+        took.recv_deadline(soon()).unwrap();
+        let start = clock::now();
+        stopper.stop();
+        assert_eq!(waiting.join().unwrap().unwrap_err(), RpcError::Cancelled);
+        assert!(clock::now() - start < INSTANT);
+        // That nobody answered them does not keep the server.
+        // Nobody answers the second attempt either.
+        let call = scope.spawn(|| call(clock::now() + 2 * INSTANT, &rig.stop));
+        took.recv_deadline(soon()).unwrap();
+        let start = clock::now();
+        silent.stop(start);
+        assert!(clock::now() - start < INSTANT);
+        let code = call.join().unwrap().err().and_then(|error| error.code());
+        assert!(
+            matches!(code, Some(Code::CANCELLED | Code::UNAVAILABLE)),
+            "{code:?}"
+        );
+    });
 }
 
 #[test]

@@ -2,12 +2,14 @@
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_util::SinkExt;
 use futures_util::future::poll_fn;
+use futures_util::{Sink, SinkExt};
 use grpcio::{
     MetadataBuilder, RpcContext, RpcStatus, RpcStatusCode, ServerStreamingSink, Service,
     ServiceBuilder, UnarySink, WriteFlags,
@@ -22,6 +24,7 @@ use meridio_proxy::spiffe::{SvidCell, jwt};
 use meridio_proxy::sync::clock;
 use meridio_proxy::sync::stop::{Stop, Stopper, stop_pair};
 use meridio_proxy::sync::thread::Threads;
+use meridio_proxy::sync::watch::Watch;
 use meridio_proxy::transport::client::{
     Address, Connection, Connector, ConnectorOptions, ConnectorState,
 };
@@ -39,6 +42,8 @@ pub struct Rig {
     pub threads: Threads,
     pub pki: Pki,
     pub stop: Stop,
+    /// Streams that servers have open.
+    pub open: Watch<usize>,
     _stopper: Stopper,
     dir: PathBuf,
 }
@@ -54,6 +59,7 @@ impl Rig {
             threads: Threads::unsupervised(),
             pki: Pki::new("td"),
             stop,
+            open: Watch::new(0),
             _stopper: stopper,
             dir,
         }
@@ -74,7 +80,7 @@ impl Rig {
     /// An echo server on `path`.
     pub fn serve(&self, svid: SvidCell, path: &Path) -> TlsServer {
         let peers = PeerTable::default();
-        let services = vec![echo(&peers)];
+        let services = vec![echo(&peers, &self.open)];
         TlsServer::start(
             &self.threads,
             &self.rpc,
@@ -94,7 +100,7 @@ impl Rig {
             port: listener.local_addr().unwrap().port(),
         };
         let peers = PeerTable::default();
-        let services = vec![echo(&peers)];
+        let services = vec![echo(&peers, &self.open)];
         let server =
             TlsServer::start_tcp(&self.threads, &self.rpc, svid, listener, peers, services);
         (server.unwrap(), address)
@@ -173,14 +179,14 @@ pub fn named(name: &str) -> NetworkService {
 /// `Register` answers the name, and the caller's ID as payload; it returns the
 /// header `x-back`, and refuses a token that does not fit the session.
 /// `Find` answers as many messages as the name's length, then stays open.
-fn echo(peers: &PeerTable) -> Service {
-    let (registers, finds) = (peers.clone(), peers.clone());
+fn echo(peers: &PeerTable, open: &Watch<usize>) -> Service {
+    let (registers, finds, open) = (peers.clone(), peers.clone(), open.clone());
     ServiceBuilder::new()
         .add_unary_handler(&NS_REGISTER, move |context, request, sink| {
             register(&registers, &context, request, sink);
         })
         .add_server_streaming_handler(&NS_FIND, move |context, request, sink| {
-            find(&finds, &context, &request, sink);
+            find(&finds, &open, &context, &request, sink);
         })
         .build()
 }
@@ -256,27 +262,33 @@ fn check_token(
 
 fn find(
     peers: &PeerTable,
+    open: &Watch<usize>,
     context: &RpcContext<'_>,
     request: &NetworkServiceQuery,
-    mut sink: ServerStreamingSink<NetworkServiceResponse>,
+    sink: ServerStreamingSink<NetworkServiceResponse>,
 ) {
     assert!(peers.lookup(&context.peer()).is_some());
     let count = request.network_service.name.len();
+    let open = open.clone();
+    // Only gRPC's one server thread counts, so this is no race.
+    open.set(open.get() + 1);
     context.spawn(async move {
-        for _ in 0..count {
-            let answer = NetworkServiceResponse::default();
-            if sink.send((answer, WriteFlags::default())).await.is_err() {
-                return;
-            }
-        }
-        // Open until the client goes.
-        poll_fn(|context| {
-            use futures_util::Sink;
-            match std::pin::Pin::new(&mut sink).poll_ready(context) {
-                std::task::Poll::Ready(Err(_)) => std::task::Poll::Ready(()),
-                _ => std::task::Poll::Pending,
-            }
-        })
-        .await;
+        stream(count, sink).await;
+        open.set(open.get() - 1);
     });
+}
+
+async fn stream(count: usize, mut sink: ServerStreamingSink<NetworkServiceResponse>) {
+    for _ in 0..count {
+        let answer = NetworkServiceResponse::default();
+        if sink.send((answer, WriteFlags::default())).await.is_err() {
+            return;
+        }
+    }
+    // Open until the client goes.
+    poll_fn(|context| match Pin::new(&mut sink).poll_ready(context) {
+        Poll::Ready(Err(_)) => Poll::Ready(()),
+        _ => Poll::Pending,
+    })
+    .await;
 }

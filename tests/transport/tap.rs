@@ -30,6 +30,7 @@ pub struct Passed {
 /// Listens on one socket and connects to another, for one connection.
 pub struct Tap {
     pub passed: Receiver<Passed>,
+    ends: Receiver<UnixStream>,
     _threads: [ThreadHandle; 2],
 }
 
@@ -38,12 +39,16 @@ impl Tap {
         let listener = UnixListener::bind(from).unwrap();
         let to = to.to_owned();
         let (sender, passed) = bounded(1000);
+        let (ends_sender, ends) = bounded(2);
         let (back_sender, back_streams) = bounded::<(UnixStream, UnixStream)>(1);
         let backwards = sender.clone();
         let there = threads
             .spawn("tap-there", STACK_SMALL, move |_| {
                 let (client, _) = listener.accept().unwrap();
                 let server = UnixStream::connect(to).unwrap();
+                for end in [&client, &server] {
+                    ends_sender.send(end.try_clone().unwrap()).unwrap();
+                }
                 let ends = (server.try_clone().unwrap(), client.try_clone().unwrap());
                 back_sender.send(ends).unwrap();
                 copy(&client, &server, Way::ToServer, &sender);
@@ -58,7 +63,17 @@ impl Tap {
             .unwrap();
         Self {
             passed,
+            ends,
             _threads: [there, back],
+        }
+    }
+}
+
+impl Tap {
+    /// Cuts the connection, as the death of the peer does.
+    pub fn cut(&self) {
+        for end in self.ends.try_iter() {
+            let _ = end.shutdown(std::net::Shutdown::Both);
         }
     }
 }
