@@ -325,7 +325,8 @@ impl Forwarder {
             ..Default::default()
         };
         let pump = session.monitor(&selector)?;
-        let watch = Watch {
+        let mut watch = Watch {
+            first: true,
             own: ours.id.clone(),
             index: path.index as usize,
             client: path::client_id(answer),
@@ -354,6 +355,8 @@ impl Forwarder {
 
 /// What a monitor stream is judged by.
 struct Watch {
+    /// No event has come yet.
+    first: bool,
     own: String,
     index: usize,
     client: String,
@@ -362,7 +365,7 @@ struct Watch {
 
 impl Watch {
     /// `Err` says why the connection is down.
-    fn judge(&self, item: Option<Item<ConnectionEvent>>) -> Result<(), String> {
+    fn judge(&mut self, item: Option<Item<ConnectionEvent>>) -> Result<(), String> {
         let event = match item {
             Some(Item::Message(event)) => event,
             Some(Item::Ended(Ok(()))) => return Err("monitor stream ended".to_owned()),
@@ -370,6 +373,12 @@ impl Watch {
             None => return Err("monitor stream is gone".to_owned()),
         };
         let kind = event.type_.enum_value_or_default();
+        let what = format!("monitor of {}", self.client);
+        let initial = kind == ConnectionEventType::INITIAL_STATE_TRANSFER;
+        if initial != std::mem::take(&mut self.first) {
+            let reason = format!("{kind:?} at the wrong place of the stream");
+            self.notes.violation(&what, &reason);
+        }
         let mine = event.connections.values().find(|c| {
             let segment = c.path.path_segments.get(self.index);
             let index = c.path.index as usize;
@@ -377,7 +386,6 @@ impl Watch {
                 && (index == self.index || index == self.index + 1)
         });
         let Some(mine) = mine else {
-            let what = format!("monitor of {}", self.client);
             let reason = format!("{kind:?} without the connection");
             self.notes.violation(&what, &reason);
             return Ok(());

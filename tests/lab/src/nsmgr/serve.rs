@@ -11,6 +11,7 @@ use grpcio::{
 };
 use meridio_proxy::proto::health::health_check_response::ServingStatus;
 use meridio_proxy::proto::health::{HealthCheckRequest, HealthCheckResponse};
+use meridio_proxy::proto::registry::{NetworkService, NetworkServiceEndpoint};
 use meridio_proxy::rpc::method;
 use meridio_proxy::rpc::status::{Code, RpcError};
 use meridio_proxy::spiffe::jwt::Token;
@@ -21,6 +22,7 @@ use super::parts::{detach, remaining};
 use crate::monitor::Outbox;
 use crate::path::RegistryPath;
 use crate::policy::{PATH_HEADER, denied, envelope, header_values};
+use crate::registry::need_filter;
 use crate::tls::Peer;
 
 /// The most that a call may take, whatever its deadline.
@@ -46,83 +48,65 @@ type Prepare<Req> = fn(&Inner, &mut Req) -> Result<String, RpcError>;
 type Run<Req, Resp> = fn(&Inner, &Incoming, Req) -> Result<Answer<Resp>, RpcError>;
 
 pub fn service(inner: &Weak<Inner>) -> Service {
-    let mut builder = ServiceBuilder::new();
-    builder = unary(
-        builder,
-        inner,
-        &method::REQUEST,
-        Inner::enter_request,
-        Inner::request,
-    );
-    builder = unary(
-        builder,
-        inner,
-        &method::CLOSE,
-        Inner::enter_close,
-        Inner::close,
-    );
-    builder = unary(
-        builder,
-        inner,
-        &method::NS_REGISTER,
-        |_, ns| Ok(ns.name.clone()),
-        Inner::register_service,
-    );
-    builder = unary(
-        builder,
-        inner,
-        &method::NS_UNREGISTER,
-        |_, ns| Ok(ns.name.clone()),
-        Inner::unregister_service,
-    );
-    builder = unary(
-        builder,
-        inner,
-        &method::NSE_REGISTER,
-        |_, e| Ok(e.name.clone()),
-        Inner::register_endpoint,
-    );
-    builder = unary(
-        builder,
-        inner,
-        &method::NSE_UNREGISTER,
-        |_, e| Ok(e.name.clone()),
-        Inner::unregister_endpoint,
-    );
-    builder = stream(
+    let builder = connections(ServiceBuilder::new(), inner);
+    let builder = registries(builder, inner);
+    builder
+        .add_unary_handler(&method::HEALTH_CHECK, health)
+        .build()
+}
+
+fn connections(builder: ServiceBuilder, inner: &Weak<Inner>) -> ServiceBuilder {
+    let (enter, run) = (Inner::enter_request, Inner::request);
+    let builder = unary(builder, inner, &method::REQUEST, enter, run);
+    let (enter, run) = (Inner::enter_close, Inner::close);
+    let builder = unary(builder, inner, &method::CLOSE, enter, run);
+    stream(
         builder,
         inner,
         &method::MONITOR_CONNECTIONS,
         |inner, _, selector| Ok(inner.monitors.open(selector)),
-    );
+    )
+}
+
+fn registries(mut builder: ServiceBuilder, inner: &Weak<Inner>) -> ServiceBuilder {
+    let of_service: Prepare<NetworkService> = |_, service| Ok(service.name.clone());
+    let run = Inner::register_service;
+    builder = unary(builder, inner, &method::NS_REGISTER, of_service, run);
+    let run = Inner::unregister_service;
+    builder = unary(builder, inner, &method::NS_UNREGISTER, of_service, run);
+    let of_endpoint: Prepare<NetworkServiceEndpoint> = |_, endpoint| Ok(endpoint.name.clone());
+    let run = Inner::register_endpoint;
+    builder = unary(builder, inner, &method::NSE_REGISTER, of_endpoint, run);
+    let run = Inner::unregister_endpoint;
+    builder = unary(builder, inner, &method::NSE_UNREGISTER, of_endpoint, run);
     builder = stream(builder, inner, &method::NS_FIND, |inner, _, query| {
-        crate::registry::need_filter(query.network_service.is_some())?;
+        need_filter(query.network_service.is_some())?;
         Ok(inner.registry.find_services(&query))
     });
-    builder = stream(builder, inner, &method::NSE_FIND, Inner::find_endpoints);
-    builder
-        .add_unary_handler(
-            &method::HEALTH_CHECK,
-            |context: RpcContext<'_>, request: HealthCheckRequest, sink: UnarySink<_>| {
-                let known = [
-                    "",
-                    "networkservice.NetworkService",
-                    "connection.MonitorConnection",
-                ];
-                let answer = if known.contains(&request.service.as_str()) {
-                    sink.success(HealthCheckResponse {
-                        status: ServingStatus::SERVING.into(),
-                        ..Default::default()
-                    })
-                } else {
-                    sink.fail(RpcStatus::new(Code::NOT_FOUND))
-                };
-                context.spawn(async move {
-                    let _ = answer.await;
-                });
-            },
-        )
-        .build()
+    stream(builder, inner, &method::NSE_FIND, Inner::find_endpoints)
+}
+
+fn health(
+    context: RpcContext<'_>,
+    request: HealthCheckRequest,
+    sink: UnarySink<HealthCheckResponse>,
+) {
+    let known = [
+        "",
+        "networkservice.NetworkService",
+        "connection.MonitorConnection",
+    ];
+    let answer = if known.contains(&request.service.as_str()) {
+        sink.success(HealthCheckResponse {
+            status: ServingStatus::SERVING.into(),
+            ..Default::default()
+        })
+    } else {
+        sink.fail(RpcStatus::new(Code::NOT_FOUND))
+    };
+    context.spawn(async move {
+        let _ = answer.await;
+    });
 }
 
 fn unary<Req, Resp>(
@@ -147,7 +131,7 @@ where
         let (call, ticket) = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
-                inner.notes.refuse(what, &error.to_string());
+                note_arrival(&inner, what, &error);
                 let failed = sink.fail(to_status(&error));
                 context.spawn(async move {
                     let _ = failed.await;
@@ -219,7 +203,7 @@ where
             match opened {
                 Ok(outbox) => outbox.serve(&context, sink),
                 Err(error) => {
-                    inner.notes.refuse(what, &error.to_string());
+                    note_arrival(&inner, what, &error);
                     let outbox = Outbox::default();
                     outbox.end(to_status(&error));
                     outbox.serve(&context, sink);
@@ -227,6 +211,13 @@ where
             }
         },
     )
+}
+
+/// A connection that ended under its call is nobody's fault.
+fn note_arrival(inner: &Inner, what: &str, error: &RpcError) {
+    if !error.is_unavailable() {
+        inner.notes.refuse(what, &error.to_string());
+    }
 }
 
 fn incoming(
