@@ -7,7 +7,7 @@
 //!
 //! | input | meaning |
 //! |---|---|
-//! | `link INDEX NAME [nocarrier] [down] [master INDEX]` | a link is seen |
+//! | `link INDEX NAME [nocarrier] [down] [nobridge] [master INDEX]` | a link is seen |
 //! | `gone INDEX` | a link is gone |
 //! | `address INDEX PREFIX`, `route FAMILY METRIC HOP%INDEX…`, `rule PRIORITY PREFIX PROTOCOL` | what a predecessor left |
 //! | `prefixes PREFIX…`, `lb NAME IFNAME PEER…`, `target …`, `down lb NAME`, `release lb NAME`, `vips PREFIX…` | facts |
@@ -74,7 +74,7 @@ fn link(number: &str, name: &str, flags: &[&str]) -> Link {
         master,
         up: !flags.contains(&"down"),
         carrier: !flags.contains(&"nocarrier"),
-        is_bridge: name == BRIDGE,
+        is_bridge: name == BRIDGE && !flags.contains(&"nobridge"),
     }
 }
 

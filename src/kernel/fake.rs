@@ -19,6 +19,9 @@ use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, route_metric}
 #[derive(Debug, Clone, Default)]
 pub struct Fake(Rc<RefCell<State>>);
 
+/// Which operations are refused, and with which error number.
+pub type Fault = (fn(&KernelOp) -> bool, i32);
+
 /// What the model holds.
 #[derive(Debug, Default)]
 pub struct State {
@@ -38,7 +41,7 @@ pub struct State {
     /// How often everything was read.
     pub snapshots: usize,
     /// Refuses what it says with that error number.
-    pub fault: Option<(fn(&KernelOp) -> bool, i32)>,
+    pub fault: Option<Fault>,
     /// Cannot be read.
     pub blind: bool,
     last_index: u32,

@@ -96,3 +96,43 @@ fn read(socket: &mut EventSocket, own_port: u32) -> io::Result<Burst> {
     }
     Ok(burst)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::op::KernelOp;
+    use crate::kernel::Rtnl;
+    use crate::kernel::netlink::Netlink;
+    use crate::kernel::netlink::socket::RequestSocket;
+
+    fn rules(count: u32) -> Vec<KernelOp> {
+        (0..count)
+            .map(|n| KernelOp::AddRule {
+                source: format!("20.0.{}.{}/32", n / 256, n % 256).parse().unwrap(),
+                priority: 20_000 - n,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_full_queue_is_an_overrun_and_not_the_end() {
+        // SAFETY: unshare takes no pointers; it changes this thread only.
+        let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        let mut socket = EventSocket::open().unwrap();
+        let mut netlink = Netlink::new(RequestSocket::open().unwrap());
+        let own = netlink.port();
+        socket.shrink_queue();
+        assert!(netlink.apply(&rules(500)).iter().all(Result::is_ok));
+        // Lost ones count, whoever caused them.
+        let burst = read(&mut socket, own).unwrap();
+        assert!(burst.overrun && !burst.foreign);
+        assert!(!read(&mut socket, own).unwrap().overrun);
+        // Still alive: somebody's change is told, ours is not.
+        assert!(netlink.apply(&rules(1)).iter().all(Result::is_ok));
+        let burst = read(&mut socket, own).unwrap();
+        assert!(!burst.overrun && !burst.foreign && burst.messages.is_empty());
+        assert!(netlink.apply(&rules(1)).iter().all(Result::is_ok));
+        assert!(read(&mut socket, own + 1).unwrap().foreign);
+    }
+}

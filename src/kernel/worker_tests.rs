@@ -102,7 +102,7 @@ fn a_refused_port_takes_no_traffic_and_is_tried_again() {
     world.link("if2");
     world.lb("a", "if1", "172.16.0.5");
     world.kernel.with(|state| {
-        state.fault = Some((|op| matches!(op, KernelOp::Attach { .. }), libc::EBUSY))
+        state.fault = Some((|op| matches!(op, KernelOp::Attach { .. }), libc::EBUSY));
     });
     world.lb("b", "if2", "172.16.0.6");
     assert_eq!(world.hops(), 1);

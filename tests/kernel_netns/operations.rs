@@ -136,6 +136,25 @@ fn a_neighbour_is_forgotten() {
     }
 }
 
+/// Two hops and the fallback, as `ip` shows them.
+const ROUTES: [(Family, &str, [&str; 2], &str); 2] = [
+    (
+        Family::V4,
+        "-4",
+        ["172.16.0.2", "172.16.0.3"],
+        "default proto 77 nexthop via 172.16.0.2 dev bridge0 weight 1 nexthop via 172.16.0.3 \
+             dev bridge0 weight 1 unreachable default proto 77 metric 4294967295",
+    ),
+    (
+        Family::V6,
+        "-6",
+        ["fd00::2", "fd00::3"],
+        "default proto 77 metric 1024 pref medium nexthop via fd00::2 dev bridge0 weight 1 \
+             nexthop via fd00::3 dev bridge0 weight 1 unreachable default dev lo proto 77 metric \
+             4294967295 pref medium",
+    ),
+];
+
 #[test]
 fn routes_are_replaced_in_place_and_the_fallback_survives_their_deletion() {
     enter_netns();
@@ -143,23 +162,7 @@ fn routes_are_replaced_in_place_and_the_fallback_survives_their_deletion() {
     let bridge = with_bridge(&mut netlink);
     veth("nsm0");
     ip("link set nsm0 master bridge0");
-    for (family, flag, hops, text) in [
-        (
-            Family::V4,
-            "-4",
-            ["172.16.0.2", "172.16.0.3"],
-            "default proto 77 nexthop via 172.16.0.2 dev bridge0 weight 1 nexthop via 172.16.0.3 \
-             dev bridge0 weight 1 unreachable default proto 77 metric 4294967295",
-        ),
-        (
-            Family::V6,
-            "-6",
-            ["fd00::2", "fd00::3"],
-            "default proto 77 metric 1024 pref medium nexthop via fd00::2 dev bridge0 weight 1 \
-             nexthop via fd00::3 dev bridge0 weight 1 unreachable default dev lo proto 77 metric \
-             4294967295 pref medium",
-        ),
-    ] {
+    for (family, flag, hops, text) in ROUTES {
         let hops: Vec<IpAddr> = hops.iter().map(|hop| hop.parse().unwrap()).collect();
         let replace = |hops: &[IpAddr]| KernelOp::ReplaceRoute {
             family,

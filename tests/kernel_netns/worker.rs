@@ -298,6 +298,10 @@ fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
         "-4 rule add from 20.0.0.1",
         "-4 rule add from 20.0.0.1",
         "-4 rule add from 20.0.0.9",
+        // Host bits, which the kernel keeps, and a VIP of length 0.
+        "-4 rule add from 40.0.0.7/24",
+        "-4 rule add from all",
+        "-6 rule add from all",
         "-6 rule add from fd20::/64",
     ] {
         ip(&format!("{rule} lookup 1 protocol 0"));
@@ -326,7 +330,8 @@ fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
     assert_eq!((rules("-4"), rules("-6")), before);
 
     daemon.vips(&["20.0.0.1/32", "20.0.0.2/32", "fd20::/64"]);
-    let expected = ["20000 20.0.0.2 77".to_owned(), kept, before.1[0].clone()];
+    let kept6 = before.1.iter().find(|rule| rule.contains("fd20")).unwrap();
+    let expected = ["20000 20.0.0.2 77".to_owned(), kept, kept6.clone()];
     until_rules(&expected.each_ref().map(String::as_str));
 
     // The same members in another order: nothing moves.
@@ -444,4 +449,30 @@ fn dropping_it_ends_both_threads() {
     assert!(begun.elapsed() < Duration::from_secs(1));
     // Telling nobody is no error.
     daemon.net.tell(Event::PeerDown { key: lb("a") });
+}
+
+#[test]
+fn a_thousand_vips_come_and_change() {
+    enter_netns();
+    let daemon = Daemon::with_addresses();
+    for third in [1, 2] {
+        let vips: Vec<String> = (0..500)
+            .flat_map(|n| {
+                [
+                    format!("20.{third}.{}.{}/32", n / 250, n % 250),
+                    format!("fd20:{third}::{n:x}/128"),
+                ]
+            })
+            .collect();
+        daemon.vips(&vips.iter().map(String::as_str).collect::<Vec<_>>());
+        eventually("500 rules in each family, all new", || {
+            let seen = [rules("-4"), rules("-6")];
+            let new = [format!(" 20.{third}."), format!(" fd20:{third}::")];
+            let whole = seen.iter().zip(&new).all(|(rules, new)| {
+                rules.len() == 500 && rules.iter().all(|rule| rule.contains(new))
+            });
+            whole.then_some(()).ok_or(seen.map(|rules| rules.len()))
+        });
+    }
+    daemon.stop();
 }

@@ -59,14 +59,14 @@ fn rule() -> Rule {
     }
 }
 
-#[test]
-fn operations_are_what_iproute2_sends() {
+/// The operation, the length of the fixed header, and iproute2's message.
+fn captured() -> [(KernelOp, usize, &'static str); 8] {
     let route = |family, hops: [&str; 2]| KernelOp::ReplaceRoute {
         family,
         bridge: bridge(),
         hops: hops.map(|hop| hop.parse().unwrap()).to_vec(),
     };
-    let table = [
+    [
         (
             KernelOp::AddAddress {
                 bridge: bridge(),
@@ -128,8 +128,12 @@ fn operations_are_what_iproute2_sends() {
             "34000000 2100 0500 772a066b 00000000 02001800 01000001 00000000
              08000200 14000000 08000600 204e0000 05001500 4d000000",
         ),
-    ];
-    for (op, header, golden) in table {
+    ]
+}
+
+#[test]
+fn operations_are_what_iproute2_sends() {
+    for (op, header, golden) in captured() {
         let ours = encode::operation(&op, 1);
         assert_eq!(
             content(&ours, header),

@@ -52,7 +52,7 @@ impl Netlink {
         let mut found = Vec::new();
         for _ in socket::dump_tries() {
             found.clear();
-            let sequence = self.socket.next_sequence();
+            let sequence = self.socket.sequences(1);
             let request = encode::dump(what, sequence);
             let outcome = self.socket.dump(&request, sequence, |frame| {
                 if frame.kind == message_type {
@@ -96,28 +96,25 @@ impl Netlink {
 
     /// Sends one batch; an outcome for each operation.
     fn batch(&mut self, ops: &[KernelOp]) -> Vec<Result<(), OpError>> {
+        let count = u32::try_from(ops.len()).unwrap_or(u32::MAX);
+        let first = self.socket.sequences(count);
+        let last = first.saturating_add(count.saturating_sub(1));
         let mut bytes = Vec::new();
-        let mut sequences = Vec::with_capacity(ops.len());
-        for (n, op) in ops.iter().enumerate() {
-            let sequence = self.socket.next_sequence();
+        for (sequence, op) in (first..=last).zip(ops) {
             let mut message = encode::operation(op, sequence);
-            if n + 1 == ops.len() {
+            if sequence == last {
                 encode::want_ack(&mut message);
             }
             bytes.extend(message);
             bytes.resize(bytes.len().next_multiple_of(4), 0);
-            sequences.push(sequence);
         }
-        let (Some(first), Some(last)) = (sequences.first(), sequences.last()) else {
-            return Vec::new();
-        };
         let mut refusals = BTreeMap::new();
-        let sent = self.socket.batch(&bytes, *first, *last, |sequence, error| {
+        let sent = self.socket.batch(&bytes, first, last, |sequence, error| {
             refusals.insert(sequence, error);
         });
-        ops.iter()
-            .zip(&sequences)
-            .map(|(op, sequence)| match (refusals.remove(sequence), &sent) {
+        (first..=last)
+            .zip(ops)
+            .map(|(sequence, op)| match (refusals.remove(&sequence), &sent) {
                 (Some(error), _) => error.unless_fulfilled(op),
                 (None, Ok(())) => Ok(()),
                 (None, Err(error)) => Err(OpError::Unknown(error.to_string())),
@@ -163,7 +160,18 @@ impl Rtnl for Netlink {
                 .count();
             // An operation that is too large alone is sent alone.
             let (batch, later) = rest.split_at(fitting.max(1));
-            outcomes.extend(self.batch(batch));
+            let done = self.batch(batch);
+            // A kernel that does not answer would keep us for the patience of
+            // every further batch.
+            let lost = done
+                .iter()
+                .any(|outcome| matches!(outcome, Err(OpError::Unknown(_))));
+            outcomes.extend(done);
+            if lost {
+                let unsent = || Err(OpError::Unknown("not sent after a lost answer".to_owned()));
+                outcomes.extend(later.iter().map(|_| unsent()));
+                break;
+            }
             rest = later;
         }
         outcomes

@@ -52,8 +52,9 @@ impl Endpoint {
         self.socket.as_raw_fd()
     }
 
-    /// The next datagram of the kernel; `WouldBlock` when there is none.
-    fn receive(&mut self) -> io::Result<&[u8]> {
+    /// Reads the next datagram of the kernel and returns its length;
+    /// `WouldBlock` when there is none.
+    fn receive(&mut self) -> io::Result<usize> {
         loop {
             let (length, from) = match self
                 .socket
@@ -67,12 +68,18 @@ impl Endpoint {
             if from.port_number() != 0 {
                 continue;
             }
-            return self.buffer.get(..length).ok_or_else(|| {
-                io::Error::other(format!(
+            if length > self.buffer.len() {
+                return Err(io::Error::other(format!(
                     "a datagram of {length} bytes is larger than the buffer of {BUFFER}"
-                ))
-            });
+                )));
+            }
+            return Ok(length);
         }
+    }
+
+    /// What [`Endpoint::receive`] has read.
+    fn datagram(&self, length: usize) -> &[u8] {
+        self.buffer.get(..length).unwrap_or_default()
     }
 }
 
@@ -110,10 +117,16 @@ impl RequestSocket {
         self.endpoint.port
     }
 
-    /// A number that no earlier request had. Never 0, which events carry.
-    pub fn next_sequence(&mut self) -> u32 {
-        self.sequence = self.sequence.checked_add(1).unwrap_or(1);
-        self.sequence
+    /// The first of `count` numbers in a row that no recent request had. Never
+    /// 0, which events carry.
+    pub fn sequences(&mut self, count: u32) -> u32 {
+        let first = self.sequence.checked_add(1).unwrap_or(1);
+        let (first, last) = match first.checked_add(count) {
+            Some(last) => (first, last),
+            None => (1, count.saturating_add(1)),
+        };
+        self.sequence = last;
+        first
     }
 
     /// Sends messages that have the sequences `first..=last`, the last of
@@ -212,17 +225,22 @@ impl RequestSocket {
             read: true,
             write: false,
         }];
-        let ready = poll::wait(&interest, Some(deadline))
-            .map_err(|error| KernelError::io("poll of the netlink request socket", &error))?;
-        if !ready.iter().any(|readiness| readiness.read) {
-            return Err(KernelError(format!(
-                "the kernel did not answer within {} s",
-                PATIENCE.as_secs()
-            )));
+        loop {
+            let ready = poll::wait(&interest, Some(deadline))
+                .map_err(|error| KernelError::io("poll of the netlink request socket", &error))?;
+            if !ready.iter().any(|readiness| readiness.read) {
+                return Err(KernelError(format!(
+                    "the kernel did not answer within {} s",
+                    PATIENCE.as_secs()
+                )));
+            }
+            match self.endpoint.receive() {
+                Ok(length) => return Ok(self.endpoint.datagram(length)),
+                // It was not the kernel's.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(KernelError::io("netlink receive", &error)),
+            }
         }
-        self.endpoint
-            .receive()
-            .map_err(|error| KernelError::io("netlink receive", &error))
     }
 }
 
@@ -279,7 +297,14 @@ impl EventSocket {
     ///
     /// As said, and whatever else the system says.
     pub fn receive(&mut self) -> io::Result<&[u8]> {
-        self.endpoint.receive()
+        let length = self.endpoint.receive()?;
+        Ok(self.endpoint.datagram(length))
+    }
+
+    /// Makes the queue so small that it overflows.
+    #[cfg(test)]
+    pub fn shrink_queue(&self) {
+        self.endpoint.socket.set_rx_buf_sz(1i32).unwrap();
     }
 }
 
