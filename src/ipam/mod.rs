@@ -20,14 +20,15 @@ use crate::core::ids::LeaseId;
 use crate::core::lease::Addresses;
 use crate::kernel::NetHandle;
 use crate::sync::clock;
-use crate::sync::stop::Stop;
+use crate::sync::stop::{Stop, stop_pair};
 use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
 use crate::transport::client::Connector;
 pub use error::IpamError;
 use worker::{Command, Pending, Worker};
 
-/// Acquires that may be in the queue.
-const REQUESTS_MAX: usize = 64;
+/// Acquires that may be in the queue: as many as the endpoint takes Requests,
+/// since all targets of a node come at once after a restart.
+const REQUESTS_MAX: usize = 1024;
 /// Releases that may be in the queue.
 const RELEASES_MAX: usize = 2048;
 /// How long after its deadline an acquire's answer is still waited for.
@@ -46,6 +47,10 @@ pub struct IpamHandle {
     // connection must not overtake each other.
     commands: Sender<Command>,
     queued: Arc<AtomicUsize>,
+    ended: Stop,
+    // A queue drops what is in it when its last sender is gone, not when its
+    // reader is: what comes after the end of the thread is taken out here.
+    queue: Receiver<Command>,
 }
 
 impl IpamHandle {
@@ -68,15 +73,11 @@ impl IpamHandle {
         };
         if let Err(refused) = self.commands.try_send(command) {
             self.queued.fetch_sub(1, Ordering::Relaxed);
-            let is_full = refused.is_full();
             if let Command::Acquire { answer, .. } = refused.into_inner() {
-                answer.answer(Err(if is_full {
-                    IpamError::Busy
-                } else {
-                    IpamError::Stopped
-                }));
+                answer.answer(Err(IpamError::Busy));
             }
         }
+        self.drain_after_end();
     }
 
     /// [`IpamHandle::acquire`] for a thread that has nothing else to do.
@@ -112,8 +113,12 @@ impl IpamHandle {
     /// `acquire` comes first. Never lost: waits while the queue is full, which
     /// is safe because `ipam` waits for no caller.
     pub fn release_later(&self, id: LeaseId) {
-        // After the end of `ipam` IPAM's own expiry is what is left.
-        let _ = self.commands.send(Command::ReleaseLater(id));
+        select! {
+            send(self.commands, Command::ReleaseLater(id)) -> _ => {}
+            // IPAM's own expiry is what is left.
+            recv(self.ended.receiver()) -> _ => {}
+        }
+        self.drain_after_end();
     }
 
     /// Releases what is pending now; ready (disconnected) when done or after
@@ -121,12 +126,28 @@ impl IpamHandle {
     #[must_use]
     pub fn flush(&self, deadline: Instant) -> Receiver<Infallible> {
         let (done, receiver) = bounded(0);
-        // A command that cannot be sent is dropped, and so is `done`.
-        let _ = self
-            .commands
-            .send_deadline(Command::Flush { deadline, done }, deadline);
+        let left = deadline.saturating_duration_since(clock::now());
+        // A command that is not sent is dropped, and so is `done`.
+        select! {
+            send(self.commands, Command::Flush { deadline, done }) -> _ => {}
+            recv(self.ended.receiver()) -> _ => {}
+            default(left) => {}
+        }
+        self.drain_after_end();
         receiver
     }
+
+    /// Either the ending thread sees what was sent, or this does see its end.
+    fn drain_after_end(&self) {
+        if self.ended.is_set() {
+            drain(&self.queue);
+        }
+    }
+}
+
+/// Drops all commands, which answers those that are owed an answer.
+fn drain(queue: &Receiver<Command>) {
+    while queue.try_recv().is_ok() {}
 }
 
 /// What the IPAM client is made of.
@@ -148,8 +169,9 @@ pub struct IpamOptions {
 
 /// Thread `ipam`.
 pub struct Ipam {
-    handle: IpamHandle,
+    // INVARIANT: dropped before `handle`, so the thread always has a sender.
     thread: ThreadHandle,
+    handle: IpamHandle,
 }
 
 impl Ipam {
@@ -167,15 +189,20 @@ impl Ipam {
     ) -> std::io::Result<Self> {
         let (commands, receiver) = bounded(REQUESTS_MAX + RELEASES_MAX);
         let queued = Arc::new(AtomicUsize::new(0));
+        let (end, ended) = stop_pair();
         let handle = IpamHandle {
             commands,
             queued: Arc::clone(&queued),
+            ended,
+            queue: receiver.clone(),
         };
         let thread = threads.spawn("ipam", STACK_SMALL, move |stop| {
-            let queue = (receiver, queued);
+            let queue = (receiver.clone(), queued);
             Worker::new(connector, net, options, queue).run(&stop);
+            end.stop();
+            drain(&receiver);
         })?;
-        Ok(Self { handle, thread })
+        Ok(Self { thread, handle })
     }
 
     /// For the other threads.
@@ -201,5 +228,71 @@ impl Ipam {
                 vec![name]
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::stop::Stopper;
+
+    /// A handle without its thread, and what ends that.
+    fn handle() -> (IpamHandle, Stopper) {
+        let (commands, queue) = bounded(REQUESTS_MAX + RELEASES_MAX);
+        let (end, ended) = stop_pair();
+        let handle = IpamHandle {
+            commands,
+            queued: Arc::new(AtomicUsize::new(0)),
+            ended,
+            queue,
+        };
+        (handle, end)
+    }
+
+    #[test]
+    fn a_full_queue_is_busy_and_every_acquire_is_answered_once() {
+        let (handle, end) = handle();
+        let (tx, answers) = bounded(2 * REQUESTS_MAX);
+        let ask = || {
+            let tx = tx.clone();
+            let answer = Box::new(move |result| tx.send(result).unwrap());
+            handle.acquire(LeaseId::new("a"), clock::now(), answer);
+        };
+        for _ in 0..REQUESTS_MAX {
+            ask();
+        }
+        assert!(answers.is_empty());
+        ask();
+        assert_eq!(answers.recv().unwrap(), Err(IpamError::Busy));
+        // Releases still have room.
+        handle.release_later(LeaseId::new("a"));
+        end.stop();
+        handle.release_later(LeaseId::new("a"));
+        for _ in 0..REQUESTS_MAX {
+            assert_eq!(answers.try_recv().unwrap(), Err(IpamError::Stopped));
+        }
+        assert!(answers.is_empty());
+        ask();
+        assert!(answers.try_recv().unwrap().is_err());
+        assert!(answers.is_empty());
+    }
+
+    #[test]
+    fn after_the_end_of_the_thread_nobody_waits() {
+        let (handle, end) = handle();
+        end.stop();
+        let (_stopper, stop) = stop_pair();
+        let begun = clock::now();
+        let deadline = begun + Duration::from_secs(60);
+        let id = || LeaseId::new("a");
+        assert_eq!(
+            handle.acquire_wait(id(), deadline, &stop),
+            Err(IpamError::Stopped)
+        );
+        for _ in 0..2 * RELEASES_MAX {
+            handle.release_later(id());
+        }
+        assert!(handle.flush(deadline).recv().is_err());
+        assert!(clock::now() < begun + Duration::from_secs(10));
     }
 }

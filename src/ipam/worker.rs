@@ -26,6 +26,9 @@ const CALLS_MAX: usize = 256;
 /// Acquires that may wait for IPAM; above it they are answered `Busy`.
 const WAITING_MAX: usize = 2048;
 
+/// Commands taken in one turn, beside the first.
+const BURST_MAX: usize = 256;
+
 /// What the handle sends.
 pub(super) enum Command {
     /// See [`super::IpamHandle::acquire`].
@@ -117,16 +120,17 @@ impl Worker {
     /// that wait are answered `Stopped`.
     pub(super) fn run(mut self, stop: &Stop) {
         let done = self.done.1.clone();
-        let mut commands = self.commands.clone();
+        let commands = self.commands.clone();
         loop {
             let timer = self.next_deadline().map_or_else(never, at);
             select! {
                 recv(stop.receiver()) -> _ => return,
-                recv(commands) -> command => match command {
-                    Ok(command) => self.obey(command),
-                    // No handle is left; what is pending goes on.
-                    Err(_) => commands = never(),
-                },
+                recv(commands) -> command => {
+                    // A burst leaves the queue before its calls begin.
+                    for command in command.into_iter().chain(commands.try_iter().take(BURST_MAX)) {
+                        self.obey(command);
+                    }
+                }
                 recv(done) -> ended => if let Ok((call, outcome)) = ended {
                     self.ended(&call, outcome);
                 },

@@ -73,7 +73,7 @@ impl<E: Clone + Display> LeaseBook<E> {
             deadline,
             is_released: false,
         });
-        connection.begin_round();
+        connection.begin_round(self.next_call);
         self.settle(id, connection, now);
         self.take()
     }
@@ -250,7 +250,10 @@ impl<E: Clone + Display> LeaseBook<E> {
                 }
                 slot.retry_at = Some(now + SHORT_PAUSE);
                 connection.last_failure = Some(format!("{call}: {failure}"));
-                if connection.is_allocating {
+                if connection.is_allocating && call.number < connection.first_call {
+                    // Those who wait now asked after this call was made.
+                    slot.retry_at = None;
+                } else if connection.is_allocating {
                     self.round_failed(&id, &mut connection, failure, now);
                 }
             }
@@ -324,7 +327,7 @@ impl<E: Clone + Display> LeaseBook<E> {
     fn settle(&mut self, id: LeaseId, mut connection: Connection, now: Instant) {
         self.expire(&id, &mut connection, now);
         if connection.renew_at.is_some_and(|at| at <= now) {
-            connection.begin_round();
+            connection.begin_round(self.next_call);
         }
         if connection.is_allocating {
             self.drive_round(&id, &mut connection, now);

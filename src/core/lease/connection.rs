@@ -78,6 +78,9 @@ pub(super) struct Connection {
     pub(super) waiters: Vec<Waiter>,
     /// A round of Allocates is going on.
     pub(super) is_allocating: bool,
+    /// The number of the round's first call; those with lower ones are of an
+    /// earlier round.
+    pub(super) first_call: u64,
     /// When a round begins although nobody asks.
     pub(super) renew_at: Option<Instant>,
     renew_pause: Duration,
@@ -103,6 +106,7 @@ impl Connection {
             slots,
             waiters: Vec::new(),
             is_allocating: false,
+            first_call: 0,
             renew_at: None,
             renew_pause: RENEW_PAUSE_MIN,
             release: None,
@@ -113,13 +117,15 @@ impl Connection {
         }
     }
 
-    /// Begins a round, unless one is going on, which then serves as well.
-    pub(super) fn begin_round(&mut self) {
+    /// Begins a round with the call `next_call`, unless one is going on, which
+    /// then serves as well.
+    pub(super) fn begin_round(&mut self, next_call: u64) {
         self.renew_at = None;
         if self.is_allocating {
             return;
         }
         self.is_allocating = true;
+        self.first_call = next_call;
         self.has_asked_bridge = false;
         for slot in self.slots.values_mut() {
             slot.is_fresh = false;

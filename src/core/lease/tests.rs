@@ -328,6 +328,19 @@ fn unusable_answers() {
 }
 
 #[test]
+fn a_failure_of_an_earlier_round_is_not_this_ones() {
+    let mut sim = Sim::ready();
+    sim.acquire(1, "a", secs(10));
+    sim.fail("a-src", refused());
+    assert!(sim.answer(1).is_err());
+    sim.acquire(2, "a", secs(10));
+    sim.fail("a-dst", refused());
+    assert!(!sim.answers.contains_key(&2));
+    sim.grant();
+    assert_eq!(sim.src(2), "172.16.0.2/24");
+}
+
+#[test]
 fn another_subnet_leads_to_a_new_bridge_address_first() {
     let mut sim = Sim::ready();
     sim.acquire(1, "a", secs(10));

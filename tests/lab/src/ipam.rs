@@ -90,6 +90,7 @@ struct Core {
 struct State {
     store: Store,
     delay: BTreeMap<&'static str, Duration>,
+    child_delay: BTreeMap<String, Duration>,
     failure: Option<String>,
     prefix_override: Option<Prefix>,
     calls: Vec<Call>,
@@ -117,6 +118,7 @@ impl Ipam {
             state: Mutex::new(State {
                 store,
                 delay: BTreeMap::new(),
+                child_delay: BTreeMap::new(),
                 failure: None,
                 prefix_override: None,
                 calls: Vec::new(),
@@ -166,6 +168,19 @@ impl Ipam {
     /// itself alone.
     pub fn set_delay(&self, verb: Verb, delay: Duration) {
         self.0.core.state.lock().delay.insert(name(verb), delay);
+    }
+
+    /// Executes and answers the calls of one child only after `delay`.
+    pub fn set_child_delay(&self, child: &str, delay: Duration) {
+        let mut state = self.0.core.state.lock();
+        state.child_delay.insert(child.to_owned(), delay);
+    }
+
+    /// Allocates without a call, for others than the proxy.
+    pub fn allocate(&self, child: &Child) -> Result<IpNetwork, String> {
+        let given = self.0.core.state.lock().store.allocate(child);
+        self.0.core.changed.notify_all();
+        given.map_err(|refusal| format!("{refusal:?}"))
     }
 
     /// Answers all calls with UNKNOWN and this text, executing none.
@@ -268,7 +283,16 @@ impl Core {
         let now = clock::now();
         let answer = Feed::new();
         let mut state = self.state.lock();
-        let delay = state.delay.get(name(verb)).copied().unwrap_or_default();
+        let delays = [
+            state.delay.get(name(verb)),
+            state.child_delay.get(&child.name),
+        ];
+        let delay = delays
+            .into_iter()
+            .flatten()
+            .max()
+            .copied()
+            .unwrap_or_default();
         let number = state.calls.len();
         state.calls.push(Call {
             verb,
