@@ -2,15 +2,20 @@
 //! key of the TLS session, and descriptors on that same connection.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use grpcio::Method;
+use log::debug;
 
-use crate::rpc::call::Reply;
-use crate::rpc::pump::Pump;
-use crate::rpc::status::RpcError;
+use crate::rpc::call::{self, Options, Reply};
+use crate::rpc::pump::{self, Pump};
+use crate::rpc::status::{Code, RpcError};
+use crate::spiffe::jwt;
+use crate::sync::clock;
 use crate::sync::stop::Stop;
-use crate::transport::client::Connector;
+use crate::transport::client::{Connection, Connector};
+use crate::transport::error::ConnectError;
 
 /// Makes calls to nsmgr.
 #[derive(Clone)]
@@ -39,35 +44,149 @@ impl NsmCaller {
     /// The peer's status; UNAVAILABLE when no connection could be had.
     pub fn unary<Req, Resp>(
         &self,
-        _method: &Method<Req, Resp>,
-        _request: &Req,
-        _headers: &[(String, String)],
-        _descriptors: &dyn Fn() -> Vec<OwnedFd>,
-        _deadline: Instant,
-        _stop: &Stop,
+        method: &Method<Req, Resp>,
+        request: &Req,
+        headers: &[(String, String)],
+        descriptors: &dyn Fn() -> Vec<OwnedFd>,
+        deadline: Instant,
+        stop: &Stop,
     ) -> Result<Reply<Resp>, RpcError>
     where
         Resp: Send + Unpin + 'static,
     {
-        let _ = (&self.connector, self.token_lifetime);
-        todo!()
+        loop {
+            let connection = self.connect(deadline, stop)?;
+            let mut options = self.options(&connection)?;
+            options.headers.extend_from_slice(headers);
+            options.timeout = deadline.saturating_duration_since(clock::now());
+            for descriptor in descriptors() {
+                connection.attach(descriptor);
+            }
+            match call::unary(connection.channel(), method, request, &options, stop) {
+                Err(error) if error.is_unavailable() && !connection.is_usable() => {
+                    debug!("{}: {error}; again on the next connection", method.name);
+                }
+                result => return result,
+            }
+        }
     }
 
-    /// Opens a stream; waits for a connection until `deadline`.
+    /// Opens a stream; waits for a connection until `deadline`. The stream
+    /// ends with UNAVAILABLE when its connection does, at the latest when the
+    /// SVID is rotated.
     ///
     /// # Errors
     ///
     /// UNAVAILABLE when no connection could be had.
     pub fn stream<Req, Resp>(
         &self,
-        _method: &Method<Req, Resp>,
-        _request: &Req,
-        _deadline: Instant,
-        _stop: &Stop,
+        method: &Method<Req, Resp>,
+        request: &Req,
+        deadline: Instant,
+        stop: &Stop,
     ) -> Result<Pump<Resp>, RpcError>
     where
         Resp: Send + 'static,
     {
-        todo!()
+        let connection = self.connect(deadline, stop)?;
+        let options = self.options(&connection)?;
+        pump::open(connection.channel(), method, request, &options)
+    }
+
+    fn connect(&self, deadline: Instant, stop: &Stop) -> Result<Arc<Connection>, RpcError> {
+        self.connector
+            .acquire(deadline, stop)
+            .map_err(|error| match error {
+                ConnectError::Stopped => RpcError::Cancelled,
+                ConnectError::Deadline(_) => RpcError::status(Code::UNAVAILABLE, error.to_string()),
+            })
+    }
+
+    /// The token headers for a call on `connection` (sdk, `pkg/tools/token`).
+    fn options(&self, connection: &Connection) -> Result<Options, RpcError> {
+        let token = jwt::sign(
+            &connection.identity().svid,
+            connection.peer(),
+            self.token_lifetime,
+            clock::wall(),
+        )
+        .map_err(|error| RpcError::Library(format!("no NSM token: {error}")))?;
+        Ok(Options {
+            headers: vec![
+                (TOKEN.to_owned(), token.jwt),
+                (EXPIRES.to_owned(), rfc3339_nano(token.expires)),
+            ],
+            ..Options::default()
+        })
+    }
+}
+
+/// The token's header.
+const TOKEN: &str = "nsm-client-token";
+/// The header with its expiry.
+const EXPIRES: &str = "nsm-client-token-expires";
+
+/// A time in UTC as Go's layout `time.RFC3339Nano` writes it: nanoseconds
+/// without trailing zeros.
+#[must_use]
+pub fn rfc3339_nano(at: SystemTime) -> String {
+    // Times before 1970 do not occur: they come from certificates and clocks.
+    let since = at
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let mut text = format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}");
+    if since.subsec_nanos() > 0 {
+        let fraction = format!("{:09}", since.subsec_nanos());
+        text.push('.');
+        text.push_str(fraction.trim_end_matches('0'));
+    }
+    text.push('Z');
+    text
+}
+
+/// Year, month and day of a day since 1970-01-01, in the proleptic Gregorian
+/// calendar, counted in 400-year cycles from 0000-03-01.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (cycle, day_of_cycle) = (days / 146_097, days % 146_097);
+    let year_of_cycle =
+        (day_of_cycle - day_of_cycle / 1460 + day_of_cycle / 36_524 - day_of_cycle / 146_096) / 365;
+    let day_of_year =
+        day_of_cycle - (365 * year_of_cycle + year_of_cycle / 4 - year_of_cycle / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
+    let year = cycle * 400 + year_of_cycle + u64::from(month <= 2);
+    (year, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_times_as_go_does() {
+        for (seconds, nanos, text) in [
+            (0, 0, "1970-01-01T00:00:00Z"),
+            (951_782_399, 0, "2000-02-28T23:59:59Z"),
+            (951_782_400, 0, "2000-02-29T00:00:00Z"),
+            (951_868_800, 0, "2000-03-01T00:00:00Z"),
+            (1_709_164_800, 0, "2024-02-29T00:00:00Z"),
+            (1_735_689_599, 0, "2024-12-31T23:59:59Z"),
+            (4_107_542_400, 0, "2100-03-01T00:00:00Z"),
+            (1_787_393_472, 123_456_789, "2026-08-22T10:11:12.123456789Z"),
+            (1_787_393_472, 120_000_000, "2026-08-22T10:11:12.12Z"),
+            (1_787_393_472, 1, "2026-08-22T10:11:12.000000001Z"),
+        ] {
+            let at = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos);
+            assert_eq!(rfc3339_nano(at), text);
+        }
     }
 }

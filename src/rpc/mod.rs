@@ -1,7 +1,7 @@
 //! Everything the daemon needs of gRPC that is not one edge's business:
 //! environments and channel options (`env`), method constants (`method`),
 //! unary calls that can be stopped (`call`), streams as bounded channels
-//! (`pump`), and errors (`status`).
+//! (`pump`), ending a server (`server`), and errors (`status`).
 //!
 //! All other code sees crossbeam channels and [`status::RpcError`] only. No
 //! async runtime is involved: the few futures that grpcio hands out are driven
@@ -11,4 +11,5 @@ pub mod call;
 pub mod env;
 pub mod method;
 pub mod pump;
+pub mod server;
 pub mod status;

@@ -6,6 +6,7 @@
 //! keeps the one that it was made with, since NSM verifies tokens with the
 //! certificate of the TLS session that carries them.
 
+mod der;
 pub mod error;
 pub mod jwt;
 pub mod svid;

@@ -17,7 +17,12 @@ pub struct Watch<T> {
 struct Inner<T> {
     value: T,
     subscribers: Vec<Sender<()>>,
+    /// How many subscribers there may be before the gone ones are looked for.
+    prune_at: usize,
 }
+
+/// Few enough never to be looked through in vain.
+const PRUNE_MIN: usize = 16;
 
 impl<T> Clone for Watch<T> {
     fn clone(&self) -> Self {
@@ -35,6 +40,7 @@ impl<T: Clone> Watch<T> {
             inner: Arc::new(Mutex::new(Inner {
                 value,
                 subscribers: Vec::new(),
+                prune_at: PRUNE_MIN,
             })),
         }
     }
@@ -68,12 +74,20 @@ impl<T: Clone> Watch<T> {
 
     /// A channel that carries one token after one or more changes; read the
     /// value with [`Watch::get`] after each token. A token is there already,
-    /// so that the first read needs no special case.
+    /// so that the first read needs no special case. Now and then one comes
+    /// without a change.
     #[must_use]
     pub fn subscribe(&self) -> Receiver<()> {
         let (tx, rx) = bounded(1);
         let _ = tx.try_send(());
-        self.inner.lock().subscribers.push(tx);
+        let mut inner = self.inner.lock();
+        if inner.subscribers.len() >= inner.prune_at {
+            // That a receiver is gone shows only when something is sent. The
+            // value may never change again, so it cannot wait for that.
+            inner.wake();
+            inner.prune_at = PRUNE_MIN.max(2 * inner.subscribers.len());
+        }
+        inner.subscribers.push(tx);
         rx
     }
 }
@@ -105,5 +119,20 @@ mod tests {
         drop(rx);
         cell.set(4);
         assert!(cell.inner.lock().subscribers.is_empty());
+    }
+
+    #[test]
+    fn forgets_subscribers_without_a_change() {
+        let cell = Watch::new(1);
+        let held: Vec<_> = (0..100).map(|_| cell.subscribe()).collect();
+        for _ in 0..10_000 {
+            let _ = cell.subscribe();
+        }
+        assert!(cell.inner.lock().subscribers.len() <= 2 * held.len() + PRUNE_MIN);
+        for rx in &held {
+            let _ = rx.try_recv();
+        }
+        cell.set(2);
+        assert!(held.iter().all(|rx| rx.try_recv().is_ok()));
     }
 }

@@ -1,19 +1,26 @@
 //! Connections that this process dials.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, select};
 use grpcio::Channel;
+use log::warn;
+use parking_lot::Mutex;
 
 use super::error::ConnectError;
+use super::link::LinkHandle;
+use super::manager::Manager;
 use crate::rpc::env::Rpc;
 use crate::spiffe::{Identity, PeerIdentity, SvidCell};
-use crate::sync::stop::Stop;
-use crate::sync::thread::Threads;
+use crate::sync::clock;
+use crate::sync::poll::WakeFd;
+use crate::sync::stop::{Stop, Stopper, stop_pair};
+use crate::sync::thread::{Joined, STACK_LARGE, ThreadHandle, Threads};
 use crate::sync::watch::Watch;
 
 /// Where a peer listens.
@@ -29,6 +36,16 @@ pub enum Address {
         /// Port.
         port: u16,
     },
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
 }
 
 /// How a [`Connector`] behaves.
@@ -61,39 +78,129 @@ pub enum ConnectorState {
 }
 
 /// Keeps one connection to a peer: dials, re-dials with back-off, and replaces
-/// it when the SVID was rotated. Clones share the connection.
+/// it when the SVID was rotated. Clones share the connection; dropping the last
+/// one ends it.
 #[derive(Clone)]
 pub struct Connector {
     state: Watch<ConnectorState>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    current: Watch<Option<Arc<Connection>>>,
+    /// Ends the waits of `acquire`.
+    ended: Stop,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    /// INVARIANT: dropped, or stopped, before `wake` is given.
+    thread: ThreadHandle,
+    _ended: Stopper,
+    wake: Arc<WakeFd>,
 }
 
 impl Connector {
-    /// Starts the manager thread; it dials at once.
+    /// Starts the manager thread `conn-<name>`, with the relay `tls-<name>`; it
+    /// dials at once, or as soon as there is an identity.
     ///
     /// # Errors
     ///
-    /// When the thread cannot be started.
+    /// When the threads cannot be started.
     pub fn start(
-        _threads: &Threads,
-        _rpc: &Rpc,
-        _svid: SvidCell,
-        _options: ConnectorOptions,
+        threads: &Threads,
+        rpc: &Rpc,
+        svid: SvidCell,
+        options: ConnectorOptions,
     ) -> std::io::Result<Self> {
-        todo!()
+        let state = Watch::new(ConnectorState::Connecting { last_error: None });
+        let current = Watch::new(None);
+        let wake = Arc::new(WakeFd::new()?);
+        let (stopper, ended) = stop_pair();
+        let name = format!("conn-{}", options.name);
+        let manager = Manager::new(
+            threads,
+            rpc.clone(),
+            svid,
+            options,
+            state.clone(),
+            current.clone(),
+            Arc::clone(&wake),
+        )?;
+        // Large, since the C library resolves names on it.
+        let thread = threads.spawn(&name, STACK_LARGE, move |stop| manager.run(&stop))?;
+        let running = Mutex::new(Some(Running {
+            thread,
+            _ended: stopper,
+            wake,
+        }));
+        Ok(Self {
+            state,
+            shared: Arc::new(Shared {
+                current,
+                ended,
+                running,
+            }),
+        })
     }
 
     /// The present connection, or the next one, waiting for it until
     /// `deadline` or `stop`.
     ///
+    /// Hold the returned reference for as long as a call runs on the
+    /// connection: when the SVID is rotated, the old connection ends as soon as
+    /// nobody holds it (at the latest [`DRAIN_LIMIT`] after the rotation).
+    ///
     /// # Errors
     ///
     /// [`ConnectError`].
-    pub fn acquire(
-        &self,
-        _deadline: Instant,
-        _stop: &Stop,
-    ) -> Result<Arc<Connection>, ConnectError> {
-        todo!()
+    pub fn acquire(&self, deadline: Instant, stop: &Stop) -> Result<Arc<Connection>, ConnectError> {
+        let shared = &self.shared;
+        let mut changed = None;
+        loop {
+            if stop.is_set() || shared.ended.is_set() {
+                return Err(ConnectError::Stopped);
+            }
+            if let Some(connection) = shared.current.get()
+                && connection.is_usable()
+            {
+                return Ok(connection);
+            }
+            let changed = changed.get_or_insert_with(|| shared.current.subscribe());
+            let left = deadline.saturating_duration_since(clock::now());
+            select! {
+                recv(changed) -> _ => {}
+                recv(stop.receiver()) -> _ => {}
+                recv(shared.ended.receiver()) -> _ => {}
+                default(left) => return Err(ConnectError::Deadline(self.obstacle())),
+            }
+        }
+    }
+
+    /// The present connection, for a thread that must not wait.
+    ///
+    /// # Errors
+    ///
+    /// `Deadline` with the present obstacle when there is none; `Stopped`.
+    pub fn current(&self) -> Result<Arc<Connection>, ConnectError> {
+        if self.shared.ended.is_set() {
+            return Err(ConnectError::Stopped);
+        }
+        let connection = self.shared.current.get();
+        connection
+            .filter(|connection| connection.is_usable())
+            .ok_or_else(|| ConnectError::Deadline(self.obstacle()))
+    }
+
+    /// What stands in the way of a connection at present.
+    fn obstacle(&self) -> String {
+        match self.state.get() {
+            ConnectorState::Connecting {
+                last_error: Some(error),
+            } => error,
+            ConnectorState::Connecting { last_error: None } => "no connection yet".to_owned(),
+            ConnectorState::Ready => "the connection is ending".to_owned(),
+        }
     }
 
     /// The state, for health and status.
@@ -104,20 +211,55 @@ impl Connector {
 
     /// Ends the connection and the manager thread; later calls of `acquire`
     /// fail with `Stopped`.
-    pub fn close(&self, _deadline: Instant) {
-        todo!()
+    pub fn close(&self, deadline: Instant) {
+        let Some(mut running) = self.shared.running.lock().take() else {
+            return;
+        };
+        running.thread.stop();
+        running.wake.wake();
+        if running.thread.join_by(deadline) == Joined::StillRunning {
+            // Resolving a name is the one thing that cannot be broken off.
+            warn!(thread = running.thread.name(); "connection manager did not end in time");
+            running.thread.abandon();
+        }
     }
 }
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(mut running) = self.running.lock().take() {
+            running.thread.stop();
+            running.wake.wake();
+        }
+    }
+}
+
+/// How long an old connection may outlive its replacement.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(20);
 
 /// One mTLS connection with the identities that belong to it.
 pub struct Connection {
     channel: Channel,
     peer: PeerIdentity,
     identity: Arc<Identity>,
-    closed: Receiver<Infallible>,
+    link: Arc<LinkHandle>,
 }
 
 impl Connection {
+    pub(super) fn new(
+        channel: Channel,
+        peer: PeerIdentity,
+        identity: Arc<Identity>,
+        link: Arc<LinkHandle>,
+    ) -> Self {
+        Self {
+            channel,
+            peer,
+            identity,
+            link,
+        }
+    }
+
     /// The channel for calls. Never ask it for its connectivity state: gRPC
     /// aborts the process for a channel made from a descriptor.
     #[must_use]
@@ -140,19 +282,29 @@ impl Connection {
 
     /// Queues a descriptor; it leaves with the next bytes, hence before a call
     /// started after this. Dropped on TCP.
-    pub fn attach(&self, _fd: OwnedFd) {
-        todo!()
+    pub fn attach(&self, fd: OwnedFd) {
+        self.link.attach(fd);
     }
 
     /// Becomes ready (disconnected) when the connection has ended.
     #[must_use]
     pub fn closed(&self) -> &Receiver<Infallible> {
-        &self.closed
+        self.link.closed()
     }
 
     /// Whether new calls may be started: neither ended nor draining.
     #[must_use]
     pub fn is_usable(&self) -> bool {
-        todo!()
+        self.link.is_open()
+    }
+
+    pub(super) fn link(&self) -> &Arc<LinkHandle> {
+        &self.link
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.link.request_close();
     }
 }

@@ -1,5 +1,7 @@
 //! Transport errors.
 
+use std::fmt;
+
 /// Why no connection could be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectError {
@@ -12,3 +14,22 @@ pub enum ConnectError {
 /// Why a server could not be started.
 #[derive(Debug)]
 pub struct ServerError(pub String);
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Deadline(text) => write!(f, "no connection in time: {text}"),
+            Self::Stopped => f.write_str("the connection was closed by this side"),
+        }
+    }
+}
+
+impl std::error::Error for ConnectError {}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ServerError {}

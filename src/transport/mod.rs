@@ -6,7 +6,28 @@
 //! attach descriptors and hides the peer's certificate, which the NSM token
 //! needs; this way, too, its HTTP/2 code never sees a byte of a peer that was
 //! not verified.
+//!
+//! ```text
+//! client: Connector -- manager (conn-<name>): dial, tls, then a link --+
+//! server: TlsServer -- accept (tls-accept): listener, tls, a link -----+
+//!                                                                      v
+//!         relay (tls-<name>, relay-in): link = tls session <-> gRPC's socket pair
+//! ```
+//!
+//! `link` has the rules by which a connection ends: what one side wrote before
+//! it went still reaches the other. `fd_socket` sends descriptors beneath TLS,
+//! `frames` sees the peer's first SETTINGS and its GOAWAY.
 
+mod accept;
+mod buffer;
 pub mod client;
+mod dial;
 pub mod error;
+mod fd_socket;
+mod frames;
+mod link;
+mod listener;
+mod manager;
+mod relay;
 pub mod server;
+mod tls;

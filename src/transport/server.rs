@@ -1,16 +1,30 @@
 //! Connections that peers make to this process.
 
-use std::os::fd::OwnedFd;
+use std::collections::HashMap;
+use std::net::TcpListener;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use grpcio::Service;
+use grpcio::{Server, Service};
+use log::{info, warn};
+use parking_lot::Mutex;
 
+use super::accept::Acceptor;
 use super::error::ServerError;
+use super::link::LinkHandle;
+use super::listener::Listener;
+use super::relay::Relay;
 use crate::rpc::env::Rpc;
+use crate::rpc::server::shut_down;
 use crate::spiffe::{Identity, PeerIdentity, SvidCell};
-use crate::sync::thread::Threads;
+use crate::sync::clock;
+use crate::sync::poll::WakeFd;
+use crate::sync::thread::{Joined, STACK_LARGE, ThreadHandle, Threads};
+
+/// How long threads may take to end after all calls have.
+const THREAD_LIMIT: Duration = Duration::from_millis(500);
 
 /// A verified connection that a peer made.
 pub struct PeerConnection {
@@ -18,31 +32,70 @@ pub struct PeerConnection {
     pub peer: PeerIdentity,
     /// The own identity presented to it, whose key signs tokens for it.
     pub identity: Arc<Identity>,
+    link: Arc<LinkHandle>,
 }
 
 impl PeerConnection {
+    pub(super) fn new(peer: PeerIdentity, identity: Arc<Identity>, link: Arc<LinkHandle>) -> Self {
+        Self {
+            peer,
+            identity,
+            link,
+        }
+    }
+
     /// Queues a descriptor; it leaves with the next bytes, hence before an
-    /// answer completed after this.
-    pub fn attach(&self, _fd: OwnedFd) {
-        todo!()
+    /// answer completed after this. Dropped on TCP.
+    pub fn attach(&self, fd: OwnedFd) {
+        self.link.attach(fd);
     }
 }
 
-/// Finds the connection that a call came on.
+/// Finds the connection that a call came on. gRPC names a connection that was
+/// given to it as a descriptor `fd:<number>`, and keeps the number in use as
+/// long as a call of the connection lives.
 #[derive(Clone, Default)]
-pub struct PeerTable {}
+pub struct PeerTable(Arc<Mutex<HashMap<RawFd, Arc<PeerConnection>>>>);
 
 impl PeerTable {
     /// The connection of `RpcContext::peer()`; `None` when it has ended, and
-    /// the call must then be refused.
+    /// the call must then be refused. To be asked when the handler is entered.
     #[must_use]
-    pub fn lookup(&self, _rpc_peer: &str) -> Option<Arc<PeerConnection>> {
-        todo!()
+    pub fn lookup(&self, rpc_peer: &str) -> Option<Arc<PeerConnection>> {
+        let fd: RawFd = rpc_peer.strip_prefix("fd:")?.parse().ok()?;
+        self.0.lock().get(&fd).cloned()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+
+    pub(super) fn insert(&self, fd: RawFd, connection: Arc<PeerConnection>) {
+        let old = self.0.lock().insert(fd, connection);
+        drop(old);
+    }
+
+    /// Only if the entry is still this connection's: gRPC may have closed the
+    /// descriptor, and the number may be in use again, before its relay noticed.
+    pub(super) fn remove(&self, fd: RawFd, connection: &Arc<PeerConnection>) {
+        let mut table = self.0.lock();
+        if table
+            .get(&fd)
+            .is_some_and(|found| Arc::ptr_eq(found, connection))
+        {
+            table.remove(&fd);
+        }
     }
 }
 
-/// A listening mTLS server.
-pub struct TlsServer {}
+/// A listening mTLS server, with the threads `tls-accept` and `relay-in`,
+/// however many connections there are.
+pub struct TlsServer {
+    accept: ThreadHandle,
+    wake: Arc<WakeFd>,
+    server: Arc<Mutex<Option<Server>>>,
+    relay: Arc<Relay>,
+}
 
 impl TlsServer {
     /// Listens on the unix socket `path` (made with its directory, mode 0777,
@@ -52,19 +105,109 @@ impl TlsServer {
     ///
     /// When the socket cannot be made, or a thread cannot be started.
     pub fn start(
-        _threads: &Threads,
-        _rpc: &Rpc,
-        _svid: SvidCell,
-        _path: PathBuf,
-        _peers: PeerTable,
-        _services: Vec<Service>,
+        threads: &Threads,
+        rpc: &Rpc,
+        svid: SvidCell,
+        path: PathBuf,
+        peers: PeerTable,
+        services: Vec<Service>,
     ) -> Result<Self, ServerError> {
-        todo!()
+        let place = path.display().to_string();
+        let listener = Listener::bind_unix(path)?;
+        info!("listening on unix:{place}");
+        Self::start_on(threads, rpc, svid, listener, peers, services)
+    }
+
+    /// Serves on a listening TCP socket.
+    ///
+    /// # Errors
+    ///
+    /// When a thread cannot be started.
+    pub fn start_tcp(
+        threads: &Threads,
+        rpc: &Rpc,
+        svid: SvidCell,
+        listener: TcpListener,
+        peers: PeerTable,
+        services: Vec<Service>,
+    ) -> Result<Self, ServerError> {
+        let listener = Listener::tcp(listener)?;
+        Self::start_on(threads, rpc, svid, listener, peers, services)
+    }
+
+    fn start_on(
+        threads: &Threads,
+        rpc: &Rpc,
+        svid: SvidCell,
+        listener: Listener,
+        peers: PeerTable,
+        services: Vec<Service>,
+    ) -> Result<Self, ServerError> {
+        let failed = |what: &str, error: &dyn std::fmt::Display| {
+            ServerError(format!("starting a TLS server: {what}: {error}"))
+        };
+        let relay = Relay::start(threads, "relay-in").map_err(|error| failed("relay", &error))?;
+        let relay = Arc::new(relay);
+        let wake = WakeFd::new().map_err(|error| failed("wake-up", &error))?;
+        let wake = Arc::new(wake);
+        let mut server = services
+            .into_iter()
+            .fold(rpc.server(), grpcio::ServerBuilder::register_service)
+            .build()
+            .map_err(|error| failed("gRPC", &error))?;
+        server.start();
+        let server = Arc::new(Mutex::new(Some(server)));
+        let acceptor = Acceptor::new(
+            listener,
+            svid,
+            peers,
+            Arc::clone(&server),
+            Arc::clone(&relay),
+            Arc::clone(&wake),
+        );
+        let accept = threads
+            .spawn("tls-accept", STACK_LARGE, move |stop| acceptor.run(&stop))
+            .map_err(|error| failed("accepting", &error))?;
+        Ok(Self {
+            accept,
+            wake,
+            server,
+            relay,
+        })
     }
 
     /// Stops accepting, lets running calls end until `deadline`, then cancels
     /// them, ends all connections, and removes the socket.
-    pub fn stop(self, _deadline: Instant) {
-        todo!()
+    pub fn stop(mut self, deadline: Instant) {
+        self.accept.stop();
+        self.wake.wake();
+        if self.accept.join_within(THREAD_LIMIT) == Joined::StillRunning {
+            warn!("tls-accept did not end within {THREAD_LIMIT:?}");
+        }
+        let server = self.server.lock().take();
+        if let Some(server) = server
+            && !shut_down(server, deadline)
+        {
+            warn!("calls of peers were cancelled at the end of the server");
+        }
+        // With the acceptor gone this is the last reference.
+        if let Some(relay) = Arc::get_mut(&mut self.relay)
+            && relay.stop_by(clock::now() + THREAD_LIMIT) == Joined::StillRunning
+        {
+            warn!("relay-in did not end within {THREAD_LIMIT:?}");
+        }
+    }
+}
+
+impl Drop for TlsServer {
+    /// [`TlsServer::stop`] without time for running calls, if it was not called.
+    fn drop(&mut self) {
+        self.accept.stop();
+        self.wake.wake();
+        let _ = self.accept.join_within(THREAD_LIMIT);
+        let server = self.server.lock().take();
+        if let Some(server) = server {
+            shut_down(server, clock::now());
+        }
     }
 }

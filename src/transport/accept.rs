@@ -1,0 +1,233 @@
+//! Thread `tls-accept`: accepts connections and shakes hands, with all peers at
+//! once, so that one that says nothing delays nobody.
+
+use std::io;
+use std::os::fd::IntoRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use grpcio::Server;
+use log::{debug, error, info, warn};
+use parking_lot::Mutex;
+
+use super::fd_socket::Socket;
+use super::link::Link;
+use super::listener::Listener;
+use super::manager::pair;
+use super::relay::Relay;
+use super::server::{PeerConnection, PeerTable};
+use super::tls::{Contexts, Handshake, Role, Session};
+use crate::spiffe::SvidCell;
+use crate::sync::clock;
+use crate::sync::poll::{self, Interest, WakeFd};
+use crate::sync::stop::Stop;
+
+/// Bound of one handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Handshakes at a time. Above it the oldest one, which is the likeliest to be
+/// a peer that says nothing, makes room for the newcomer.
+const HANDSHAKES_MAX: usize = 128;
+/// Connections at a time; a new one above it is closed.
+pub(super) const CONNECTIONS_MAX: usize = 4096;
+/// Connections accepted in one turn.
+const BATCH: usize = 32;
+/// Pause after accept(2) failed, e.g. since no descriptor is left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+pub(super) struct Acceptor {
+    pub listener: Listener,
+    pub svid: SvidCell,
+    pub peers: PeerTable,
+    pub server: Arc<Mutex<Option<Server>>>,
+    pub relay: Arc<Relay>,
+    pub wake: Arc<WakeFd>,
+    contexts: Contexts,
+    /// Oldest first.
+    pending: Vec<Pending>,
+    paused_until: Option<Instant>,
+}
+
+struct Pending {
+    handshake: Handshake,
+    until: Instant,
+}
+
+impl Acceptor {
+    pub(super) fn new(
+        listener: Listener,
+        svid: SvidCell,
+        peers: PeerTable,
+        server: Arc<Mutex<Option<Server>>>,
+        relay: Arc<Relay>,
+        wake: Arc<WakeFd>,
+    ) -> Self {
+        Self {
+            listener,
+            svid,
+            peers,
+            server,
+            relay,
+            wake,
+            contexts: Contexts::new(Role::Server),
+            pending: Vec::new(),
+            paused_until: None,
+        }
+    }
+
+    pub(super) fn run(mut self, stop: &Stop) {
+        while !stop.is_set() {
+            let (accept, ready) = match self.wait() {
+                Ok(found) => found,
+                Err(error) => {
+                    error!("tls-accept cannot wait: {error}");
+                    return;
+                }
+            };
+            let now = clock::now();
+            self.advance(&ready, now);
+            if accept {
+                self.accept(now);
+            }
+        }
+    }
+
+    /// Whether to accept, and which handshakes can go on.
+    fn wait(&mut self) -> io::Result<(bool, Vec<bool>)> {
+        let now = clock::now();
+        self.paused_until = self.paused_until.filter(|&until| until > now);
+        let mut interests = vec![
+            self.wake.interest(),
+            Interest {
+                fd: if self.paused_until.is_some() {
+                    -1
+                } else {
+                    self.listener.raw()
+                },
+                read: true,
+                write: false,
+            },
+        ];
+        interests.extend(self.pending.iter().map(|one| one.handshake.interest()));
+        let due = self
+            .pending
+            .iter()
+            .map(|one| one.until)
+            .chain(self.paused_until)
+            .min();
+        let found = poll::wait(&interests, due)?;
+        if found.first().is_some_and(|wake| wake.read) {
+            self.wake.drain();
+        }
+        let accept = found.get(1).is_some_and(|listener| listener.read);
+        let ready = found.iter().skip(2).map(|one| one.read || one.write);
+        Ok((accept, ready.collect()))
+    }
+
+    /// Takes the ready handshakes further; drops those that are over or late.
+    fn advance(&mut self, ready: &[bool], now: Instant) {
+        let pending = std::mem::take(&mut self.pending);
+        for (index, one) in pending.into_iter().enumerate() {
+            if ready.get(index).copied().unwrap_or(false) {
+                self.step(one);
+            } else if one.until > now {
+                self.pending.push(one);
+            } else {
+                info!("a peer did not finish its TLS handshake within {HANDSHAKE_LIMIT:?}");
+            }
+        }
+    }
+
+    fn step(&mut self, mut one: Pending) {
+        match one.handshake.step() {
+            Ok(false) => self.pending.push(one),
+            Ok(true) => {
+                let admitted = one
+                    .handshake
+                    .finish(clock::wall())
+                    .and_then(|session| self.admit(session));
+                if let Err(error) = admitted {
+                    warn!("connection refused: {error}");
+                }
+            }
+            Err(error) => warn!("connection refused: {error}"),
+        }
+    }
+
+    fn accept(&mut self, now: Instant) {
+        for _ in 0..BATCH {
+            match self.listener.accept() {
+                Ok(socket) => self.begin(socket, now),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if is_of_one_peer(&error) => debug!("accepting: {error}"),
+                Err(error) => {
+                    warn!("accepting: {error}; next attempt in {ACCEPT_PAUSE:?}");
+                    self.paused_until = Some(now + ACCEPT_PAUSE);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, socket: Socket, now: Instant) {
+        let Some(identity) = self.svid.get() else {
+            debug!("a peer connected before there was an identity; closed");
+            return;
+        };
+        if self.pending.len() >= HANDSHAKES_MAX {
+            warn!("{HANDSHAKES_MAX} TLS handshakes at a time; the oldest was given up");
+            self.pending.remove(0);
+        }
+        match Handshake::new(&mut self.contexts, &identity, socket) {
+            Ok(handshake) => self.pending.push(Pending {
+                handshake,
+                until: now + HANDSHAKE_LIMIT,
+            }),
+            Err(error) => warn!("connection refused: {error}"),
+        }
+    }
+
+    /// Gives a verified connection to gRPC.
+    fn admit(&self, session: Session) -> Result<(), String> {
+        if self.peers.len() >= CONNECTIONS_MAX {
+            return Err(format!("there are {CONNECTIONS_MAX} connections"));
+        }
+        let (ours, grpcs) = pair().map_err(|error| format!("making a socket pair: {error}"))?;
+        let mut link = Link::new(session.stream, ours, false, Arc::clone(self.relay.wake()));
+        let connection = Arc::new(PeerConnection::new(
+            session.peer,
+            session.identity,
+            Arc::clone(link.handle()),
+        ));
+        debug!(peer = connection.peer.id.as_str(); "accepted a connection");
+        let mut server = self.server.lock();
+        let Some(server) = server.as_mut() else {
+            return Err("the server is stopping".to_owned());
+        };
+        let fd = grpcs.into_raw_fd();
+        // The entry comes first: a call may arrive before the next line ends.
+        self.peers.insert(fd, Arc::clone(&connection));
+        let peers = self.peers.clone();
+        link.set_on_end(Box::new(move || peers.remove(fd, &connection)));
+        // SAFETY: `fd` is one end of a connected stream socket pair, and is
+        // given away here: nobody else has it.
+        unsafe { server.add_channel_from_fd(fd) };
+        self.relay.add(link);
+        Ok(())
+    }
+}
+
+/// Failures that say nothing about the next connection (accept(2)).
+fn is_of_one_peer(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::InvalidInput
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::TimedOut
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::NetworkDown
+    )
+}

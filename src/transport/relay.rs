@@ -1,0 +1,138 @@
+//! The thread that moves the bytes of connections, all of them with one
+//! poll(2): `tls-<name>` for those that a connector dials, `relay-in` for those
+//! that a server accepted.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::error;
+use parking_lot::Mutex;
+
+use super::link::Link;
+use crate::sync::clock;
+use crate::sync::poll::{self, Interest, Readiness, WakeFd};
+use crate::sync::stop::Stop;
+use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
+
+/// How long the last bytes of all connections may take when the relay stops.
+const STOP_LINGER: Duration = Duration::from_millis(250);
+
+/// A running relay. Dropping it ends its connections.
+pub(super) struct Relay {
+    inbox: Arc<Mutex<Vec<Link>>>,
+    wake: Arc<WakeFd>,
+    thread: ThreadHandle,
+}
+
+impl Relay {
+    /// Starts the thread `name`.
+    pub(super) fn start(threads: &Threads, name: &str) -> io::Result<Self> {
+        let inbox = Arc::new(Mutex::new(Vec::new()));
+        let wake = Arc::new(WakeFd::new()?);
+        let (links, woken) = (Arc::clone(&inbox), Arc::clone(&wake));
+        let thread = threads.spawn(name, STACK_SMALL, move |stop| {
+            run(&links, &woken, &stop);
+        })?;
+        Ok(Self {
+            inbox,
+            wake,
+            thread,
+        })
+    }
+
+    /// What links of this relay wake it with.
+    pub(super) fn wake(&self) -> &Arc<WakeFd> {
+        &self.wake
+    }
+
+    /// Takes a link over.
+    pub(super) fn add(&self, link: Link) {
+        self.inbox.lock().push(link);
+        self.wake.wake();
+    }
+
+    /// Ends all connections and the thread.
+    pub(super) fn stop_by(&mut self, deadline: Instant) -> Joined {
+        self.thread.stop();
+        self.wake.wake();
+        self.thread.join_by(deadline)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.thread.stop();
+        self.wake.wake();
+    }
+}
+
+fn run(inbox: &Mutex<Vec<Link>>, wake: &WakeFd, stop: &Stop) {
+    let mut links: Vec<Link> = Vec::new();
+    let mut ready: Vec<Readiness> = Vec::new();
+    let mut all = true;
+    let mut limit: Option<Instant> = None;
+    loop {
+        let new = std::mem::take(&mut *inbox.lock());
+        all |= !new.is_empty();
+        links.extend(new);
+        if limit.is_none() && stop.is_set() {
+            limit = Some(clock::now() + STOP_LINGER);
+            for link in &links {
+                link.handle().request_close();
+            }
+            all = true;
+        }
+        let now = clock::now();
+        let more = turn(&mut links, &ready, all, now);
+        links.retain(|link| !link.is_over());
+        if limit.is_some_and(|limit| links.is_empty() || now >= limit) {
+            return;
+        }
+        match wait(&links, wake, more, limit, now) {
+            Ok((woken, found)) => {
+                all = woken;
+                ready = found;
+            }
+            Err(error) => {
+                error!("relay cannot wait for {} connections: {error}", links.len());
+                return;
+            }
+        }
+    }
+}
+
+/// A turn of every link that is ready or due, or of all. True when one has
+/// more to do at once.
+fn turn(links: &mut [Link], ready: &[Readiness], all: bool, now: Instant) -> bool {
+    let mut more = false;
+    for (index, link) in links.iter_mut().enumerate() {
+        let is_ready = ready
+            .get(2 * index..2 * index + 2)
+            .is_some_and(|pair| pair.iter().any(|found| found.read || found.write));
+        if all || is_ready || link.deadline().is_some_and(|at| at <= now) {
+            more |= link.turn(now);
+        }
+    }
+    more
+}
+
+/// Waits; whether all links want a turn, and the readiness of each pair.
+fn wait(
+    links: &[Link],
+    wake: &WakeFd,
+    more: bool,
+    limit: Option<Instant>,
+    now: Instant,
+) -> io::Result<(bool, Vec<Readiness>)> {
+    let mut interests: Vec<Interest> = links.iter().flat_map(Link::interests).collect();
+    interests.push(wake.interest());
+    let due = links.iter().filter_map(Link::deadline).chain(limit).min();
+    let deadline = if more { Some(now) } else { due };
+    let mut found = poll::wait(&interests, deadline)?;
+    let woken = found.pop().is_some_and(|wake| wake.read);
+    if woken {
+        wake.drain();
+    }
+    Ok((woken || more, found))
+}

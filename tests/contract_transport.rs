@@ -1,0 +1,19 @@
+//! mTLS with descriptor passing: both roles against each other and against
+//! hostile peers, rotation, reconnection, and bounded ends.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "transport/rig.rs"]
+mod rig;
+#[path = "transport/tap.rs"]
+mod tap;
+
+#[path = "transport/calls.rs"]
+mod calls;
+#[path = "transport/descriptors.rs"]
+mod descriptors;
+#[path = "transport/endings.rs"]
+mod endings;
+#[path = "transport/hostile.rs"]
+mod hostile;
+#[path = "transport/rotation.rs"]
+mod rotation;
