@@ -1,1 +1,390 @@
 //! Facts about the outside world, and the kernel state that follows from them.
+//!
+//! Driven by the thread `net`, which also holds the observation that names and
+//! addresses are looked up in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use super::desired::{Desired, HopRefusal, PortIntent, RouteIntent, Warning};
+use super::event::Event;
+use super::family::{Family, IpFamilies, PerFamily};
+use super::ids::{IfIndex, IfName, PortKey};
+use super::observed::Observed;
+use super::op::{BRIDGE, KernelOp};
+
+/// Most next hops of a route: what a netlink attribute's 16-bit length holds
+/// many times over, and more LBs than a trench has.
+pub const MAX_HOPS: usize = 256;
+
+/// A connection's port, as last told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Port {
+    ifname: IfName,
+    peers: BTreeSet<IpAddr>,
+    down: bool,
+}
+
+/// All facts, and which wishes they have made certain.
+#[derive(Debug)]
+pub struct Dataplane {
+    families: IpFamilies,
+    bridge_mac: [u8; 6],
+    prefixes: PerFamily<Option<IpNetwork>>,
+    ports: BTreeMap<PortKey, Port>,
+    /// Interfaces of closed connections that may still be in the bridge, with
+    /// the index they were seen under: a later interface of that name is
+    /// somebody else's.
+    released: BTreeMap<IfName, Option<IfIndex>>,
+    /// Interfaces that the kernel did not take as ports.
+    not_attached: BTreeSet<IfName>,
+    /// Peers that a known connection has got since, whose neighbour entries may
+    /// be of who had the address before.
+    stale: BTreeSet<IpAddr>,
+    /// Families whose next hops are known to us; the route of another is left
+    /// as a predecessor left it.
+    told: PerFamily<bool>,
+    vips: Option<BTreeSet<IpNetwork>>,
+}
+
+impl Dataplane {
+    /// Nothing is told yet.
+    #[must_use]
+    pub fn new(families: IpFamilies, bridge_mac: [u8; 6]) -> Self {
+        Self {
+            families,
+            bridge_mac,
+            prefixes: PerFamily::default(),
+            ports: BTreeMap::new(),
+            released: BTreeMap::new(),
+            not_attached: BTreeSet::new(),
+            stale: BTreeSet::new(),
+            told: PerFamily::default(),
+            vips: None,
+        }
+    }
+
+    /// Takes a fact over.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::BridgePrefixes(prefixes) => {
+                for family in Family::ALL {
+                    // What was told once is not untold: IPAM says nothing of
+                    // a family that it has no answer for yet.
+                    if let Some(prefix) = prefixes.get(family) {
+                        *self.prefixes.get_mut(family) = Some(*prefix);
+                    }
+                }
+            }
+            Event::PortExpected { key, ifname, peers } => self.expect(key, ifname, peers),
+            Event::PeerDown { key } => {
+                let Some(port) = self.ports.get_mut(&key) else {
+                    return;
+                };
+                port.down = true;
+                let peers = port.peers.clone();
+                self.hops_are_known(&key, &peers);
+            }
+            Event::PortReleased { key } => {
+                if let Some(port) = self.ports.remove(&key) {
+                    self.hops_are_known(&key, &port.peers);
+                    self.release(port);
+                }
+            }
+            Event::Vips(vips) => self.vips = Some(vips),
+        }
+    }
+
+    fn expect(&mut self, key: PortKey, ifname: IfName, peers: BTreeSet<IpAddr>) {
+        let port = Port {
+            ifname,
+            peers,
+            down: false,
+        };
+        self.released.remove(&port.ifname);
+        let old = self.ports.insert(key, port.clone());
+        // Peers of a new port are forgotten when it is attached; one that is
+        // attached already was a predecessor's, and so are its neighbours.
+        if let Some(old) = &old {
+            self.stale.extend(port.peers.difference(&old.peers));
+        }
+        match old {
+            Some(old) if old.ifname != port.ifname => self.release(old),
+            _ => self.forget_strangers(),
+        }
+    }
+
+    /// Keeps the list of stale neighbours to peers that somebody has.
+    fn forget_strangers(&mut self) {
+        let in_use: BTreeSet<&IpAddr> = self.ports.values().flat_map(|port| &port.peers).collect();
+        self.stale.retain(|peer| in_use.contains(peer));
+    }
+
+    /// Forgets a port that no connection holds any more.
+    fn release(&mut self, port: Port) {
+        self.forget_strangers();
+        if !self.ports.values().any(|other| other.ifname == port.ifname) {
+            self.not_attached.remove(&port.ifname);
+            self.released.insert(port.ifname, None);
+        }
+    }
+
+    /// An LB that we had a connection to is gone: what its families' routes
+    /// shall be is no longer a predecessor's business.
+    fn hops_are_known(&mut self, key: &PortKey, peers: &BTreeSet<IpAddr>) {
+        if matches!(key, PortKey::Lb(_)) {
+            for peer in peers {
+                *self.told.get_mut((*peer).into()) = true;
+            }
+        }
+    }
+
+    /// Takes over that an operation was done.
+    pub fn succeeded(&mut self, op: &KernelOp) {
+        match op {
+            KernelOp::Attach { port, .. } => {
+                self.not_attached.remove(port);
+            }
+            KernelOp::ForgetNeighbour { address, .. } => {
+                self.stale.remove(address);
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes over that the kernel refused an operation.
+    pub fn failed(&mut self, op: &KernelOp) {
+        if let KernelOp::Attach { port, .. } = op {
+            self.not_attached.insert(port.clone());
+        }
+    }
+
+    /// How many LBs are connected: told to be up, and neither down nor closed.
+    #[must_use]
+    pub fn connected_lbs(&self) -> usize {
+        self.lbs().count()
+    }
+
+    fn lbs(&self) -> impl Iterator<Item = (&PortKey, &Port)> {
+        self.ports
+            .iter()
+            .filter(|(key, port)| matches!(key, PortKey::Lb(_)) && !port.down)
+    }
+
+    /// The kernel state that follows from all facts, given what was observed.
+    pub fn desired(&mut self, observed: &Observed) -> Desired {
+        let mut warnings = BTreeSet::new();
+        let ports = self.port_intents(observed, &mut warnings);
+        let routes = self.route_intents(observed, &mut warnings);
+        let vips = self.rule_sources(observed, &mut warnings);
+        if observed.occupant().is_some_and(|link| !link.is_bridge) {
+            warnings.insert(Warning::BridgeIsNone);
+        }
+        let families = self.families;
+        Desired {
+            bridge_mac: self.bridge_mac,
+            addresses: PerFamily::from_fn(|family| {
+                self.prefixes.get(family).filter(|_| families.has(family))
+            }),
+            forget: self.neighbours_to_forget(observed),
+            ports,
+            routes,
+            fallback: PerFamily::from_fn(|family| families.has(family)),
+            vips,
+            warnings,
+        }
+    }
+
+    fn port_intents(
+        &mut self,
+        observed: &Observed,
+        warnings: &mut BTreeSet<Warning>,
+    ) -> BTreeMap<IfName, PortIntent> {
+        let mut intents = BTreeMap::new();
+        let bridge = observed.bridge().map(|link| link.index);
+        self.released.retain(|name, seen| {
+            let attached = observed
+                .named(name)
+                .filter(|link| link.master.is_some() && link.master == bridge);
+            let keep = attached.is_some_and(|link| *seen.get_or_insert(link.index) == link.index);
+            if keep {
+                intents.insert(name.clone(), PortIntent::Detach);
+            }
+            keep
+        });
+        let mut holders: BTreeMap<&IfName, Vec<&PortKey>> = BTreeMap::new();
+        for (key, port) in &self.ports {
+            if !may_be_port(&port.ifname) {
+                warnings.insert(Warning::PortRefused {
+                    key: key.clone(),
+                    port: port.ifname.clone(),
+                });
+                continue;
+            }
+            holders.entry(&port.ifname).or_default().push(key);
+            match intents
+                .entry(port.ifname.clone())
+                .or_insert_with(|| PortIntent::Attach {
+                    peers: BTreeSet::new(),
+                }) {
+                PortIntent::Attach { peers } => peers.extend(self.neighbours(port)),
+                PortIntent::Detach => {}
+            }
+        }
+        for (port, keys) in holders.into_iter().filter(|(_, keys)| keys.len() > 1) {
+            warnings.insert(Warning::SharedPort {
+                port: port.clone(),
+                keys: keys.into_iter().cloned().collect(),
+            });
+        }
+        intents
+    }
+
+    fn route_intents(
+        &mut self,
+        observed: &Observed,
+        warnings: &mut BTreeSet<Warning>,
+    ) -> PerFamily<RouteIntent> {
+        let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
+        let bridge = observed.bridge().map(|link| link.index);
+        for (key, port) in self.lbs() {
+            let refused = self.not_attached.contains(&port.ifname);
+            let carries = may_be_port(&port.ifname)
+                && observed.named(&port.ifname).is_some_and(|link| {
+                    link.up && link.carrier && (!refused || link.master == bridge)
+                });
+            for address in &port.peers {
+                match self.hop(*address, observed) {
+                    Ok(true) if carries => {
+                        hops.get_mut((*address).into()).insert(*address);
+                    }
+                    Ok(_) => {}
+                    Err(why) => {
+                        warnings.insert(Warning::HopRefused {
+                            key: key.clone(),
+                            address: *address,
+                            why,
+                        });
+                    }
+                }
+            }
+        }
+        PerFamily::from_fn(|family| {
+            let mut hops = std::mem::take(hops.get_mut(family));
+            if hops.len() > MAX_HOPS {
+                warnings.insert(Warning::TooManyHops {
+                    family,
+                    wanted: hops.len(),
+                    planned: MAX_HOPS,
+                });
+                hops = hops.into_iter().take(MAX_HOPS).collect();
+            }
+            let told = self.told.get_mut(family);
+            *told |= !hops.is_empty();
+            match (*told, hops.is_empty()) {
+                (false, _) => RouteIntent::LeaveAlone,
+                (true, true) => RouteIntent::Absent,
+                (true, false) => RouteIntent::Via(hops),
+            }
+        })
+    }
+
+    /// Whether the address can be a next hop; false while the bridge's own is
+    /// not told yet.
+    fn hop(&self, address: IpAddr, observed: &Observed) -> Result<bool, HopRefusal> {
+        let family = address.into();
+        if !self.families.has(family) {
+            return Err(HopRefusal::FamilyUnused);
+        }
+        let Some(prefix) = *self.prefixes.get(family) else {
+            return Ok(false);
+        };
+        if !prefix.contains(address) {
+            return Err(HopRefusal::OutsideSubnet(prefix));
+        }
+        if prefix.ip() == address || observed.is_local(address) {
+            return Err(HopRefusal::Own);
+        }
+        // Judged by the subnets that the bridge still has, too: while its
+        // address changes it has two.
+        let seen = observed
+            .bridge()
+            .into_iter()
+            .flat_map(|bridge| observed.addresses_of(bridge.index, family));
+        match seen
+            .chain([&prefix])
+            .find(|prefix| is_no_host(address, **prefix))
+        {
+            Some(prefix) => Err(HopRefusal::NoHost(*prefix)),
+            None => Ok(true),
+        }
+    }
+
+    fn rule_sources(
+        &self,
+        observed: &Observed,
+        warnings: &mut BTreeSet<Warning>,
+    ) -> Option<BTreeSet<IpNetwork>> {
+        let vips = self.vips.as_ref()?;
+        let told = self.prefixes.values().map(IpNetwork::ip);
+        let seen = observed.addresses.iter().map(|(_, address)| address.ip());
+        let own: BTreeSet<IpAddr> = told.chain(seen).collect();
+        let mut sources = BTreeSet::new();
+        for vip in vips {
+            let vip = *vip;
+            if !self.families.has(vip.into()) {
+                warnings.insert(Warning::VipFamilyUnused { vip });
+            } else if vip.prefix() == 0 || vip.network() != vip.ip() {
+                warnings.insert(Warning::VipMalformed { vip });
+            } else if let Some(own) = first_within(&own, vip) {
+                warnings.insert(Warning::VipCoversOwn { vip, own });
+            } else {
+                sources.insert(vip);
+            }
+        }
+        Some(sources)
+    }
+
+    /// The peers of a port that can be neighbours on the bridge. A target's
+    /// may have VIPs among them.
+    fn neighbours<'a>(&'a self, port: &'a Port) -> impl Iterator<Item = IpAddr> + 'a {
+        port.peers.iter().copied().filter(|peer| {
+            self.prefixes
+                .get((*peer).into())
+                .is_some_and(|prefix| prefix.contains(*peer))
+        })
+    }
+
+    fn neighbours_to_forget(&self, observed: &Observed) -> BTreeSet<IpAddr> {
+        self.ports
+            .values()
+            .filter(|port| may_be_port(&port.ifname) && observed.named(&port.ifname).is_some())
+            .flat_map(|port| self.neighbours(port))
+            .filter(|peer| self.stale.contains(peer))
+            .collect()
+    }
+}
+
+/// The bridge itself and the loopback cannot be ports, whoever says so.
+fn may_be_port(name: &IfName) -> bool {
+    name.as_str() != BRIDGE && name.as_str() != "lo"
+}
+
+/// Whether the address stands for the subnet and not for a host in it.
+fn is_no_host(address: IpAddr, prefix: IpNetwork) -> bool {
+    match prefix {
+        IpNetwork::V4(_) => {
+            prefix.prefix() <= 30 && (address == prefix.network() || address == prefix.broadcast())
+        }
+        // RFC 4291 2.6.1: the subnet-router anycast address, which is local to
+        // every forwarding node, this one included.
+        IpNetwork::V6(_) => prefix.prefix() < 127 && address == prefix.network(),
+    }
+}
+
+/// The first of `own` that `vip` (masked) covers.
+fn first_within(own: &BTreeSet<IpAddr>, vip: IpNetwork) -> Option<IpAddr> {
+    own.range(vip.network()..=vip.broadcast()).next().copied()
+}

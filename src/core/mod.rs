@@ -15,6 +15,8 @@ pub mod ip_context;
 pub mod lb_session;
 pub mod lease;
 pub mod mesh;
+pub mod observed;
+pub mod op;
 pub mod plan;
 pub mod readiness;
 pub mod registration;

@@ -1,1 +1,256 @@
 //! Operations that lead from observed to wanted kernel state.
+//!
+//! The order is the contract: bridge, addresses, ports, neighbours, fallback
+//! and routes, rules; then what is taken away: routes, ports, addresses. An
+//! LB's port is in the bridge before it becomes a next hop, and its next hop is
+//! gone before its port. The list is empty exactly when all is as wanted.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use super::desired::{Desired, PortIntent, RouteIntent};
+use super::family::Family;
+use super::ids::IfIndex;
+use super::observed::{Observed, RouteKind, Rule};
+pub use super::op::KernelOp;
+use super::op::{FALLBACK_METRIC, PROTOCOL, route_metric};
+
+/// Priority of the first rule; those that follow get falling numbers, which
+/// the kernel inserts at the head of its list without a walk. Far above the
+/// numbers that the kernel gives to rules without one, which are just below
+/// the main table's 32766.
+pub const FIRST_PRIORITY: u32 = 20_000;
+/// The smallest priority that a rule gets; all further ones share it.
+pub const LAST_PRIORITY: u32 = 1_000;
+
+/// The operations, in the order in which they must be done.
+#[must_use]
+pub fn diff(observed: &Observed, desired: &Desired) -> Vec<KernelOp> {
+    let mut ops = Vec::new();
+    let bridge = bridge(observed, desired, &mut ops);
+    if let Some(bridge) = bridge {
+        add_addresses(observed, desired, bridge, &mut ops);
+        attach_ports(observed, desired, bridge, &mut ops);
+    }
+    for family in Family::ALL {
+        if *desired.fallback.get(family) && !observed.has_fallback(family) {
+            ops.push(KernelOp::Unreachable { family });
+        }
+        if let Some(bridge) = bridge {
+            replace_route(observed, desired, family, bridge, &mut ops);
+        }
+    }
+    rules(observed, desired, &mut ops);
+    for family in Family::ALL {
+        delete_routes(observed, desired, family, &mut ops);
+    }
+    detach_ports(observed, desired, &mut ops);
+    if let Some(bridge) = bridge {
+        remove_addresses(observed, desired, bridge, &mut ops);
+    }
+    ops
+}
+
+/// Makes the bridge or sets it up. Its index, once it is there.
+fn bridge(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) -> Option<IfIndex> {
+    match (observed.bridge(), observed.occupant()) {
+        (Some(link), _) => {
+            if !link.up {
+                ops.push(KernelOp::BridgeUp { bridge: link.index });
+            }
+            Some(link.index)
+        }
+        (None, Some(_)) => None,
+        (None, None) => {
+            ops.push(KernelOp::CreateBridge {
+                mac: desired.bridge_mac,
+            });
+            None
+        }
+    }
+}
+
+fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &mut Vec<KernelOp>) {
+    for address in desired.addresses.values().copied() {
+        if observed.addresses.contains(&(bridge, address)) {
+            continue;
+        }
+        // An interface has an IPv6 address once, whatever the prefix length
+        // (net/ipv6/addrconf.c, ipv6_add_addr), so the old one goes first.
+        let family = Family::from(address);
+        for other in observed.addresses_of(bridge, family) {
+            if family == Family::V6 && other.ip() == address.ip() {
+                ops.push(KernelOp::RemoveAddress {
+                    bridge,
+                    address: *other,
+                });
+            }
+        }
+        ops.push(KernelOp::AddAddress { bridge, address });
+    }
+}
+
+/// Removes what the bridge has besides the wanted address of a family whose
+/// address was told; the kernel's own link-local ones stay.
+fn remove_addresses(
+    observed: &Observed,
+    desired: &Desired,
+    bridge: IfIndex,
+    ops: &mut Vec<KernelOp>,
+) {
+    for wanted in desired.addresses.values() {
+        for address in observed.addresses_of(bridge, (*wanted).into()) {
+            let gone_already = wanted.is_ipv6() && address.ip() == wanted.ip();
+            if address != wanted && !gone_already && !is_link_local(address.ip()) {
+                ops.push(KernelOp::RemoveAddress {
+                    bridge,
+                    address: *address,
+                });
+            }
+        }
+    }
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+fn attach_ports(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &mut Vec<KernelOp>) {
+    let mut forget = desired.forget.clone();
+    for (name, intent) in &desired.ports {
+        let PortIntent::Attach { peers } = intent else {
+            continue;
+        };
+        let Some(link) = observed.named(name) else {
+            continue;
+        };
+        if link.master != Some(bridge) {
+            ops.push(KernelOp::Attach {
+                port: name.clone(),
+                bridge,
+            });
+            forget.extend(peers);
+        }
+    }
+    ops.extend(
+        forget
+            .into_iter()
+            .map(|address| KernelOp::ForgetNeighbour { bridge, address }),
+    );
+}
+
+fn detach_ports(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) {
+    let ports = desired
+        .ports
+        .iter()
+        .filter(|(name, intent)| {
+            **intent == PortIntent::Detach
+                && observed
+                    .named(name)
+                    .is_some_and(|link| link.master.is_some())
+        })
+        .map(|(name, _)| KernelOp::Detach { port: name.clone() });
+    ops.extend(ports);
+}
+
+fn replace_route(
+    observed: &Observed,
+    desired: &Desired,
+    family: Family,
+    bridge: IfIndex,
+    ops: &mut Vec<KernelOp>,
+) {
+    let RouteIntent::Via(hops) = desired.routes.get(family) else {
+        return;
+    };
+    let there = match observed.routes.get(family).get(&route_metric(family)) {
+        // The same members in another order are left as they are: sorting
+        // them would move all flows.
+        Some(RouteKind::Via(seen)) => {
+            let mut seen = seen.clone();
+            seen.sort_unstable();
+            seen.into_iter()
+                .eq(hops.iter().map(|hop| (*hop, bridge.get())))
+        }
+        _ => false,
+    };
+    if !there {
+        ops.push(KernelOp::ReplaceRoute {
+            family,
+            bridge,
+            hops: hops.iter().copied().collect(),
+        });
+    }
+}
+
+/// Deletes the route to the LBs where none takes traffic, and default routes
+/// of other metrics, which only a stranger can have made in our table.
+fn delete_routes(observed: &Observed, desired: &Desired, family: Family, ops: &mut Vec<KernelOp>) {
+    let keep_ours = match desired.routes.get(family) {
+        RouteIntent::LeaveAlone => return,
+        RouteIntent::Absent => false,
+        RouteIntent::Via(_) => true,
+    };
+    for (metric, kind) in observed.routes.get(family) {
+        let ours = *metric == route_metric(family);
+        // IPv4's metric 0 is a wild card in a deletion; only with the type
+        // unicast it cannot hit the fallback, so other types stay.
+        let deletable = *metric != 0 || matches!(kind, RouteKind::Via(_));
+        if *metric != FALLBACK_METRIC && !(ours && keep_ours) && deletable {
+            ops.push(KernelOp::DeleteRoute {
+                family,
+                metric: *metric,
+            });
+        }
+    }
+}
+
+/// One rule for each VIP: what is there stays where it is, what is missing is
+/// added by falling priority, then what is too much is deleted by rising
+/// priority, so that no packet of a kept VIP finds no rule.
+///
+/// The place for the `goto` tree of many VIPs: it is another list of wanted
+/// rules, compared with the observed ones in the same way.
+fn rules(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) {
+    let Some(vips) = &desired.vips else {
+        return;
+    };
+    let mut kept: BTreeSet<IpNetwork> = BTreeSet::new();
+    let mut surplus: Vec<Rule> = Vec::new();
+    // Ours first: of several copies, a predecessor's without our protocol id
+    // goes.
+    let (ours, others): (Vec<_>, Vec<_>) = observed
+        .rules
+        .iter()
+        .partition(|(rule, _)| rule.protocol == PROTOCOL);
+    for (rule, count) in ours.into_iter().chain(others) {
+        let keep = rule.plain && vips.contains(&rule.source) && kept.insert(rule.source);
+        let copies = count.saturating_sub(u32::from(keep));
+        surplus.extend((0..copies).map(|_| *rule));
+    }
+    for family in Family::ALL {
+        let used: BTreeSet<u32> = observed
+            .rules
+            .keys()
+            .filter(|rule| rule.family() == family)
+            .map(|rule| rule.priority)
+            .collect();
+        let mut free = (LAST_PRIORITY..=FIRST_PRIORITY)
+            .rev()
+            .filter(|priority| !used.contains(priority));
+        let missing = vips
+            .iter()
+            .filter(|vip| Family::from(**vip) == family && !kept.contains(vip));
+        ops.extend(missing.map(|vip| KernelOp::AddRule {
+            source: *vip,
+            priority: free.next().unwrap_or(LAST_PRIORITY),
+        }));
+    }
+    surplus.sort_unstable();
+    ops.extend(surplus.into_iter().map(KernelOp::DeleteRule));
+}

@@ -1,0 +1,351 @@
+//! A model kernel for tests, which refuses what Linux refuses and, like it,
+//! takes things away that nobody asked for.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::rc::Rc;
+
+use ipnetwork::IpNetwork;
+
+use super::Rtnl;
+use super::error::{KernelError, OpError};
+use crate::core::family::{Family, PerFamily};
+use crate::core::ids::{IfIndex, IfName};
+use crate::core::observed::{Link, LinkFact, Observed, RouteKind, Rule};
+use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, route_metric};
+
+/// The state, shared by the worker under test and the test.
+#[derive(Debug, Clone, Default)]
+pub struct Fake(Rc<RefCell<State>>);
+
+/// Which operations are refused, and with which error number.
+pub type Fault = (fn(&KernelOp) -> bool, i32);
+
+/// What the model holds.
+#[derive(Debug, Default)]
+pub struct State {
+    /// All links.
+    pub links: BTreeMap<IfIndex, Link>,
+    /// All addresses, in the order in which they were added: the first of an
+    /// IPv4 subnet is its primary one.
+    pub addresses: Vec<(IfIndex, IpNetwork)>,
+    /// The default routes of table 1.
+    pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
+    /// The rules.
+    pub rules: BTreeMap<Rule, u32>,
+    /// All operations done, in order.
+    pub done: Vec<KernelOp>,
+    /// All that were refused, fulfilled ones not counted.
+    pub refused: Vec<(KernelOp, i32)>,
+    /// How often everything was read.
+    pub snapshots: usize,
+    /// Refuses what it says with that error number.
+    pub fault: Option<Fault>,
+    /// Cannot be read.
+    pub blind: bool,
+    last_index: u32,
+}
+
+impl Fake {
+    /// Looks at or changes the state.
+    pub fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.0.borrow_mut())
+    }
+}
+
+impl Rtnl for Fake {
+    fn snapshot(&mut self) -> Result<Observed, KernelError> {
+        self.with(|state| {
+            state.snapshots += 1;
+            if state.blind {
+                return Err(KernelError("blind".to_owned()));
+            }
+            let mut observed = Observed::default();
+            for link in state.links.values() {
+                observed.insert_link(link.clone());
+            }
+            observed.addresses = state.addresses.iter().copied().collect();
+            observed.routes = state.routes.clone();
+            observed.rules = state.rules.clone();
+            Ok(observed)
+        })
+    }
+
+    fn apply(&mut self, ops: &[KernelOp]) -> Vec<Result<(), OpError>> {
+        let order: Vec<_> = ops.iter().filter_map(place).collect();
+        assert!(order.is_sorted(), "order of {ops:?}");
+        self.with(|state| ops.iter().map(|op| state.execute(op)).collect())
+    }
+}
+
+/// Where an operation belongs in a list: ARCHITECTURE.md, "How the kernel is
+/// kept right". An IPv6 address may also go first, where only its prefix
+/// length changes.
+fn place(op: &KernelOp) -> Option<(u32, i64)> {
+    Some(match op {
+        KernelOp::CreateBridge { .. } | KernelOp::BridgeUp { .. } => (0, 0),
+        KernelOp::AddAddress { .. } => (1, 0),
+        KernelOp::Attach { .. } => (2, 0),
+        KernelOp::ForgetNeighbour { .. } => (3, 0),
+        KernelOp::Unreachable { .. } | KernelOp::ReplaceRoute { .. } => (4, 0),
+        KernelOp::AddRule { source, priority } => {
+            let list = if source.is_ipv4() { 0 } else { 100_000 };
+            (5, list - i64::from(*priority))
+        }
+        KernelOp::DeleteRule(rule) => (6, i64::from(rule.priority)),
+        KernelOp::DeleteRoute { .. } => (7, 0),
+        KernelOp::Detach { .. } => (8, 0),
+        KernelOp::RemoveAddress { address, .. } if address.is_ipv6() => return None,
+        KernelOp::RemoveAddress { .. } => (9, 0),
+    })
+}
+
+impl State {
+    fn execute(&mut self, op: &KernelOp) -> Result<(), OpError> {
+        let outcome = self
+            .try_execute(op)
+            .or_else(|errno| OpError::Refused { errno, text: None }.unless_fulfilled(op));
+        match &outcome {
+            Ok(()) => self.done.push(op.clone()),
+            Err(OpError::Refused { errno, .. }) => self.refused.push((op.clone(), *errno)),
+            Err(OpError::Unknown(_)) => {}
+        }
+        outcome
+    }
+
+    fn try_execute(&mut self, op: &KernelOp) -> Result<(), i32> {
+        if let Some((hits, errno)) = self.fault
+            && hits(op)
+        {
+            return Err(errno);
+        }
+        match op {
+            KernelOp::CreateBridge { .. } => {
+                if self.named(BRIDGE).is_some() {
+                    return Err(libc::EEXIST);
+                }
+                self.add_link(BRIDGE);
+            }
+            KernelOp::BridgeUp { bridge } => {
+                self.links.get_mut(bridge).ok_or(libc::ENODEV)?.up = true;
+            }
+            KernelOp::AddAddress { bridge, address } => self.add_address(*bridge, *address)?,
+            KernelOp::RemoveAddress { bridge, address } => {
+                self.remove_address(*bridge, *address)?;
+            }
+            KernelOp::Attach { port, bridge } => {
+                let is_bridge = self.links.get(bridge).is_some_and(|link| link.is_bridge);
+                let link = self.named_mut(port.as_str()).ok_or(libc::ENODEV)?;
+                if !is_bridge || link.index == *bridge || link.name.as_str() == "lo" {
+                    return Err(libc::EINVAL);
+                }
+                link.master = Some(*bridge);
+            }
+            KernelOp::Detach { port } => {
+                self.named_mut(port.as_str()).ok_or(libc::ENODEV)?.master = None;
+            }
+            KernelOp::ForgetNeighbour { .. } => return Err(libc::ENOENT),
+            KernelOp::Unreachable { family } => {
+                self.routes
+                    .get_mut(*family)
+                    .insert(FALLBACK_METRIC, RouteKind::Unreachable);
+            }
+            KernelOp::ReplaceRoute {
+                family,
+                bridge,
+                hops,
+            } => self.replace_route(*family, *bridge, hops)?,
+            KernelOp::DeleteRoute { family, metric } => {
+                self.routes
+                    .get_mut(*family)
+                    .remove(metric)
+                    .ok_or(libc::ESRCH)?;
+            }
+            KernelOp::AddRule { source, priority } => self.add_rule(*source, *priority)?,
+            KernelOp::DeleteRule(rule) => self.delete_rule(rule)?,
+        }
+        Ok(())
+    }
+
+    fn add_address(&mut self, link: IfIndex, address: IpNetwork) -> Result<(), i32> {
+        if !self.links.contains_key(&link) {
+            return Err(libc::ENODEV);
+        }
+        let there = self.addresses.iter().any(|(owner, other)| {
+            *owner == link
+                && other.ip() == address.ip()
+                && (address.is_ipv6() || other.prefix() == address.prefix())
+        });
+        if there {
+            return Err(libc::EEXIST);
+        }
+        self.addresses.push((link, address));
+        Ok(())
+    }
+
+    /// Takes an IPv4 subnet's secondary addresses with its primary one, and
+    /// IPv4 routes with the last IPv4 address.
+    fn remove_address(&mut self, link: IfIndex, address: IpNetwork) -> Result<(), i32> {
+        let at = self
+            .addresses
+            .iter()
+            .position(|entry| *entry == (link, address))
+            .ok_or(libc::EADDRNOTAVAIL)?;
+        let same_subnet = |other: &IpNetwork| {
+            other.is_ipv4()
+                && other.prefix() == address.prefix()
+                && other.network() == address.network()
+        };
+        let primary = address.is_ipv4()
+            && !self.addresses[..at]
+                .iter()
+                .any(|(owner, other)| *owner == link && same_subnet(other));
+        self.addresses.remove(at);
+        if primary {
+            self.addresses
+                .retain(|(owner, other)| *owner != link || !same_subnet(other));
+        }
+        let has_v4 = self
+            .addresses
+            .iter()
+            .any(|(owner, other)| *owner == link && other.is_ipv4());
+        if address.is_ipv4() && !has_v4 {
+            self.drop_routes(Family::V4, link);
+        }
+        Ok(())
+    }
+
+    fn replace_route(
+        &mut self,
+        family: Family,
+        bridge: IfIndex,
+        hops: &[IpAddr],
+    ) -> Result<(), i32> {
+        if hops.is_empty() {
+            return Err(libc::ERANGE);
+        }
+        if !self.links.get(&bridge).is_some_and(|link| link.up) {
+            return Err(libc::ENETDOWN);
+        }
+        for (n, hop) in hops.iter().enumerate() {
+            let subnet = self
+                .addresses
+                .iter()
+                .find(|(owner, prefix)| *owner == bridge && prefix.contains(*hop))
+                .ok_or(match family {
+                    Family::V4 => libc::ENETUNREACH,
+                    Family::V6 => libc::EHOSTUNREACH,
+                })?
+                .1;
+            let own = self.addresses.iter().any(|(_, own)| own.ip() == *hop);
+            let no_host =
+                family == Family::V4 && (*hop == subnet.network() || *hop == subnet.broadcast());
+            if own || no_host || hops[..n].contains(hop) {
+                return Err(libc::EINVAL);
+            }
+        }
+        let hops = hops.iter().map(|hop| (*hop, bridge.get())).collect();
+        self.routes
+            .get_mut(family)
+            .insert(route_metric(family), RouteKind::Via(hops));
+        Ok(())
+    }
+
+    /// Stricter than Linux, which takes host bits and duplicates.
+    fn add_rule(&mut self, source: IpNetwork, priority: u32) -> Result<(), i32> {
+        let there = self
+            .rules
+            .keys()
+            .any(|rule| rule.plain && rule.source == source && rule.protocol == PROTOCOL);
+        if there || source.network() != source.ip() || source.prefix() == 0 {
+            return Err(libc::EINVAL);
+        }
+        let rule = Rule {
+            priority,
+            source,
+            protocol: PROTOCOL,
+            plain: true,
+        };
+        *self.rules.entry(rule).or_default() += 1;
+        Ok(())
+    }
+
+    fn delete_rule(&mut self, rule: &Rule) -> Result<(), i32> {
+        let count = self.rules.get_mut(rule).ok_or(libc::ENOENT)?;
+        *count -= 1;
+        if *count == 0 {
+            self.rules.remove(rule);
+        }
+        Ok(())
+    }
+
+    /// The link of that name.
+    pub fn named(&self, name: &str) -> Option<&Link> {
+        self.links.values().find(|link| link.name.as_str() == name)
+    }
+
+    fn named_mut(&mut self, name: &str) -> Option<&mut Link> {
+        self.links
+            .values_mut()
+            .find(|link| link.name.as_str() == name)
+    }
+
+    /// Somebody makes a link, up and with a carrier.
+    pub fn add_link(&mut self, name: &str) -> LinkFact {
+        self.last_index += 1;
+        let index = IfIndex::new(self.last_index).unwrap();
+        let link = Link {
+            index,
+            name: IfName::parse(name).unwrap(),
+            alias: None,
+            master: None,
+            up: true,
+            carrier: true,
+            is_bridge: name == BRIDGE,
+        };
+        self.links.insert(index, link.clone());
+        LinkFact::Seen(link)
+    }
+
+    /// Somebody changes a link.
+    pub fn change_link(&mut self, name: &str, change: impl FnOnce(&mut Link)) -> Option<LinkFact> {
+        let link = self.named_mut(name)?;
+        change(link);
+        Some(LinkFact::Seen(link.clone()))
+    }
+
+    /// A link goes, and with it its addresses, routes and ports.
+    pub fn delete_link(&mut self, name: &str) -> Option<LinkFact> {
+        let index = self.named(name)?.index;
+        self.links.remove(&index);
+        self.addresses.retain(|(owner, _)| *owner != index);
+        for family in Family::ALL {
+            self.drop_routes(family, index);
+        }
+        for link in self.links.values_mut() {
+            if link.master == Some(index) {
+                link.master = None;
+            }
+        }
+        Some(LinkFact::Gone(index))
+    }
+
+    /// The bridge goes down: its routes and IPv6 addresses go.
+    pub fn bridge_down(&mut self) -> Option<LinkFact> {
+        let index = self.named(BRIDGE)?.index;
+        self.addresses
+            .retain(|(owner, address)| *owner != index || address.is_ipv4());
+        for family in Family::ALL {
+            self.drop_routes(family, index);
+        }
+        self.change_link(BRIDGE, |link| link.up = false)
+    }
+
+    fn drop_routes(&mut self, family: Family, link: IfIndex) {
+        self.routes.get_mut(family).retain(|_, kind| match kind {
+            RouteKind::Via(hops) => hops.iter().all(|(_, index)| *index != link.get()),
+            _ => true,
+        });
+    }
+}

@@ -1,0 +1,187 @@
+//! The kernel, asked through rtnetlink.
+
+pub mod decode;
+pub mod encode;
+pub mod frame;
+#[cfg(test)]
+mod golden;
+pub mod socket;
+
+use std::collections::BTreeMap;
+
+use self::encode::Dump;
+use self::socket::RequestSocket;
+use super::Rtnl;
+use super::error::{KernelError, OpError};
+use crate::core::family::Family;
+use crate::core::observed::{Observed, Rule};
+use crate::core::op::KernelOp;
+
+/// Most messages of a batch: more bring nothing, and each refusal takes room
+/// in the receive queue.
+const BATCH_MESSAGES: usize = 128;
+/// Most bytes of a batch, well within the default send buffer.
+const BATCH_BYTES: usize = 64 * 1024;
+
+/// The real kernel.
+pub struct Netlink {
+    socket: RequestSocket,
+}
+
+impl Netlink {
+    /// Over an open socket.
+    #[must_use]
+    pub fn new(socket: RequestSocket) -> Self {
+        Self { socket }
+    }
+
+    /// The port id of our requests.
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        self.socket.port()
+    }
+
+    /// Reads a part of the state with `read`, again while it changes under our
+    /// hands. A table or a family that does not exist is empty.
+    fn dump<T>(
+        &mut self,
+        what: Dump,
+        message_type: u16,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>, KernelError> {
+        let mut found = Vec::new();
+        for _ in socket::dump_tries() {
+            found.clear();
+            let sequence = self.socket.sequences(1);
+            let request = encode::dump(what, sequence);
+            let outcome = self.socket.dump(&request, sequence, |frame| {
+                if frame.kind == message_type {
+                    found.extend(read(frame.payload));
+                }
+            });
+            match outcome {
+                Ok(true) => return Ok(found),
+                Ok(false) => {}
+                // No such table; no such family in this kernel.
+                Err(OpError::Refused { errno, .. })
+                    if [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&errno)
+                        && what != Dump::Links =>
+                {
+                    return Ok(Vec::new());
+                }
+                Err(error) => return Err(KernelError(format!("dump of {what:?}: {error}"))),
+            }
+        }
+        // Changing all the time: the last answer is as good as the next, and
+        // the events behind the changes bring another dump.
+        Ok(found)
+    }
+
+    /// Rules have no mark for an interrupted dump (net/core/fib_rules.c has no
+    /// generation counter): two that agree are taken for whole.
+    fn rules(&mut self, family: Family) -> Result<BTreeMap<Rule, u32>, KernelError> {
+        let mut last = None;
+        for _ in socket::dump_tries() {
+            let mut rules: BTreeMap<Rule, u32> = BTreeMap::new();
+            for rule in self.dump(Dump::Rules(family), decode::RTM_NEWRULE, decode::rule)? {
+                *rules.entry(rule).or_default() += 1;
+            }
+            if last.as_ref() == Some(&rules) {
+                return Ok(rules);
+            }
+            last = Some(rules);
+        }
+        Ok(last.unwrap_or_default())
+    }
+
+    /// Sends one batch; an outcome for each operation.
+    fn batch(&mut self, ops: &[KernelOp]) -> Vec<Result<(), OpError>> {
+        let count = u32::try_from(ops.len()).unwrap_or(u32::MAX);
+        let first = self.socket.sequences(count);
+        let last = first.saturating_add(count.saturating_sub(1));
+        let mut bytes = Vec::new();
+        for (sequence, op) in (first..=last).zip(ops) {
+            let mut message = encode::operation(op, sequence);
+            if sequence == last {
+                encode::want_ack(&mut message);
+            }
+            bytes.extend(message);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        let mut refusals = BTreeMap::new();
+        let sent = self.socket.batch(&bytes, first, last, |sequence, error| {
+            refusals.insert(sequence, error);
+        });
+        (first..=last)
+            .zip(ops)
+            .map(|(sequence, op)| match (refusals.remove(&sequence), &sent) {
+                (Some(error), _) => error.unless_fulfilled(op),
+                (None, Ok(())) => Ok(()),
+                (None, Err(error)) => Err(OpError::Unknown(error.to_string())),
+            })
+            .collect()
+    }
+}
+
+impl Rtnl for Netlink {
+    fn snapshot(&mut self) -> Result<Observed, KernelError> {
+        let mut observed = Observed::default();
+        for link in self.dump(Dump::Links, decode::RTM_NEWLINK, decode::link)? {
+            observed.insert_link(link);
+        }
+        for family in Family::ALL {
+            observed.addresses.extend(self.dump(
+                Dump::Addresses(family),
+                decode::RTM_NEWADDR,
+                decode::address,
+            )?);
+            for (family, metric, kind) in
+                self.dump(Dump::Routes(family), decode::RTM_NEWROUTE, decode::route)?
+            {
+                observed.routes.get_mut(family).insert(metric, kind);
+            }
+            observed.rules.extend(self.rules(family)?);
+        }
+        Ok(observed)
+    }
+
+    fn apply(&mut self, ops: &[KernelOp]) -> Vec<Result<(), OpError>> {
+        let mut outcomes = Vec::with_capacity(ops.len());
+        let mut rest = ops;
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fitting = rest
+                .iter()
+                .take(BATCH_MESSAGES)
+                .take_while(|op| {
+                    bytes += size_bound(op);
+                    bytes <= BATCH_BYTES
+                })
+                .count();
+            // An operation that is too large alone is sent alone.
+            let (batch, later) = rest.split_at(fitting.max(1));
+            let done = self.batch(batch);
+            // A kernel that does not answer would keep us for the patience of
+            // every further batch.
+            let lost = done
+                .iter()
+                .any(|outcome| matches!(outcome, Err(OpError::Unknown(_))));
+            outcomes.extend(done);
+            if lost {
+                let unsent = || Err(OpError::Unknown("not sent after a lost answer".to_owned()));
+                outcomes.extend(later.iter().map(|_| unsent()));
+                break;
+            }
+            rest = later;
+        }
+        outcomes
+    }
+}
+
+/// At least as many bytes as the operation's message has.
+fn size_bound(op: &KernelOp) -> usize {
+    match op {
+        KernelOp::ReplaceRoute { hops, .. } => 128 + 32 * hops.len(),
+        _ => 256,
+    }
+}
