@@ -1,1 +1,429 @@
-//! The life of one load-balancer connection.
+//! The life of one connection to a load balancer: found again after a restart,
+//! requested, refreshed, watched, healed, closed.
+//!
+//! One caller drives it, one call at a time: it asks [`LbSession::next`] what
+//! to do, does it, and tells the outcome. So there is never more than one
+//! Request or Close under way for a connection.
+//!
+//! A connection that nsmgr or the peer reports as down is made anew with
+//! *reselect*: nsmgr then closes what it knows and builds all afresh. Losing
+//! nsmgr, or its stream, is no such report: traffic goes on, the stream is
+//! opened again, and only if nsmgr has forgotten the connection is it told
+//! again, as a refresh, which leaves the interface alone; reselect follows if
+//! that fails.
+
+mod messages;
+mod refresh;
+#[cfg(test)]
+mod tests;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::event::Event;
+use super::ids::{EndpointName, PortKey};
+use super::retry::{Backoff, Jitter};
+pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction};
+use refresh::{LEAST, refresh_after, shortest};
+
+/// Pause before a first Request is made again.
+pub const REQUEST_PAUSE: Duration = Duration::from_secs(10);
+/// Pauses between the attempts of a reselect, and of a refresh that fails.
+const HEAL_FIRST: Duration = Duration::from_millis(200);
+const HEAL_MOST: Duration = Duration::from_secs(2);
+/// Pauses before a monitor stream is opened again.
+const WATCH_FIRST: Duration = Duration::from_millis(500);
+const WATCH_MOST: Duration = Duration::from_secs(30);
+/// How often nsmgr is asked for a connection of ours before it is taken that
+/// there is none.
+const LOOKS: u32 = 3;
+const LOOK_PAUSE: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+enum Monitor {
+    Open,
+    Closed { reopen_at: Instant },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    Down,
+    Lost,
+}
+
+#[derive(Debug)]
+struct Up<C> {
+    connection: C,
+    refresh_at: Instant,
+    /// When the shortest life on the path ends, if it is known.
+    dead_at: Option<Instant>,
+    monitor: Monitor,
+    /// The latest unanswered report of the monitor.
+    trouble: Option<Trouble>,
+    /// nsmgr has forgotten the connection; the next refresh decides.
+    lost: bool,
+    requested_at: Instant,
+}
+
+#[derive(Debug)]
+enum State<C> {
+    /// nsmgr is asked for a connection at `at`.
+    Looking { at: Instant, tries: u32 },
+    /// A Request is made at `at`; nothing of ours carries traffic.
+    Opening { at: Instant, plan: Plan<C> },
+    /// Connected.
+    Up(Up<C>),
+    /// Was connected; a reselect is made at `at`.
+    Healing { connection: C, at: Instant },
+    /// The answer was unusable: closed before the next Request.
+    Discarding { connection: C },
+    /// Stopping; an outcome is unclear, so nsmgr is asked first.
+    EndingUnclear,
+    /// Stopping; the Close is due.
+    Ending { connection: C },
+    /// Over.
+    Ended,
+}
+
+/// The machine; owned by one `lb:N` thread.
+#[derive(Debug)]
+pub struct LbSession<C> {
+    key: PortKey,
+    state: State<C>,
+    reports: VecDeque<Event>,
+    /// `net` was told of a port.
+    told: bool,
+    /// An earlier Request may have left a connection in nsmgr.
+    unclear: bool,
+    heal: Backoff,
+    watch: Backoff,
+    jitter: Jitter,
+}
+
+impl<C: Clone> LbSession<C> {
+    /// A session for `endpoint` that first looks for a connection which a
+    /// predecessor left.
+    #[must_use]
+    pub fn new(endpoint: EndpointName, jitter: Jitter, now: Instant) -> Self {
+        Self {
+            key: PortKey::Lb(endpoint),
+            state: State::Looking { at: now, tries: 0 },
+            reports: VecDeque::new(),
+            told: false,
+            unclear: false,
+            heal: Backoff::new(HEAL_FIRST, HEAL_MOST),
+            watch: Backoff::new(WATCH_FIRST, WATCH_MOST),
+            jitter,
+        }
+    }
+
+    /// What to do now.
+    pub fn next(&mut self, now: Instant) -> SessionAction<C> {
+        if let Some(event) = self.reports.pop_front() {
+            return SessionAction::Report(event);
+        }
+        match &mut self.state {
+            State::Looking { at, .. } if *at <= now => SessionAction::Look,
+            State::Opening { at, plan } if *at <= now => SessionAction::Request(plan.clone()),
+            State::Healing { at, connection } if *at <= now => {
+                SessionAction::Request(Plan::Reselect(connection.clone()))
+            }
+            State::Looking { at, .. } | State::Opening { at, .. } | State::Healing { at, .. } => {
+                SessionAction::Wait(*at)
+            }
+            State::Up(up) => match up.trouble.take() {
+                Some(trouble) => {
+                    self.act_on(trouble, now);
+                    self.next(now)
+                }
+                // nsmgr and all behind it have ended it by themselves.
+                None if up.refresh_at <= now && up.is_dead(now) => {
+                    let connection = up.connection.clone();
+                    self.start_healing(connection, now);
+                    self.next(now)
+                }
+                None => up.next(now),
+            },
+            State::Discarding { connection } | State::Ending { connection } => {
+                SessionAction::Close(connection.clone())
+            }
+            State::EndingUnclear => SessionAction::Look,
+            State::Ended => SessionAction::Done,
+        }
+    }
+
+    /// Acts on what the monitor said last.
+    fn act_on(&mut self, trouble: Trouble, now: Instant) {
+        let State::Up(up) = &mut self.state else {
+            return;
+        };
+        match trouble {
+            Trouble::Down => {
+                // A peer that fails right after each success is no reason to
+                // run in a circle.
+                let at = up.soonest(now);
+                let connection = up.connection.clone();
+                self.reports.push_back(Event::PeerDown {
+                    key: self.key.clone(),
+                });
+                self.start_healing(connection, at);
+            }
+            Trouble::Lost => {
+                up.lost = true;
+                up.refresh_at = up.refresh_at.min(up.soonest(now));
+            }
+        }
+    }
+
+    fn start_healing(&mut self, connection: C, at: Instant) {
+        self.heal.reset();
+        self.state = State::Healing { connection, at };
+    }
+
+    /// The outcome of [`SessionAction::Look`].
+    pub fn looked(&mut self, looked: Looked<C>, now: Instant) {
+        let unreachable = matches!(looked, Looked::Unreachable);
+        match &self.state {
+            State::Looking { tries, .. } => {
+                let tries = *tries + 1;
+                self.unclear &= unreachable;
+                self.state = match looked {
+                    Looked::Found { connection, intact } => State::Opening {
+                        at: now,
+                        plan: if intact {
+                            Plan::Adopt(connection)
+                        } else {
+                            Plan::Reselect(connection)
+                        },
+                    },
+                    Looked::Unreachable if tries < LOOKS => State::Looking {
+                        at: now + self.jitter.spread(LOOK_PAUSE),
+                        tries,
+                    },
+                    Looked::Absent | Looked::Unreachable => State::Opening {
+                        at: now,
+                        plan: Plan::First,
+                    },
+                };
+            }
+            State::EndingUnclear => {
+                self.state = match looked {
+                    Looked::Found { connection, .. } => State::Ending { connection },
+                    Looked::Absent | Looked::Unreachable => State::Ended,
+                };
+            }
+            _ => debug_assert!(false, "nobody asked nsmgr"),
+        }
+    }
+
+    /// The outcome of [`SessionAction::Request`].
+    pub fn answered(&mut self, outcome: Result<Established<C>, Failure<C>>, now: Instant) {
+        match outcome {
+            Ok(established) => self.established(established, now),
+            Err(failure) => self.failed(failure, now),
+        }
+    }
+
+    fn established(&mut self, established: Established<C>, now: Instant) {
+        let Established {
+            connection,
+            ifname,
+            peers,
+            lives,
+        } = established;
+        // A stream that lived through a refresh goes on.
+        let monitor = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Up(up) => up.monitor,
+            _ => Monitor::Closed { reopen_at: now },
+        };
+        self.state = State::Up(Up {
+            connection,
+            refresh_at: now + self.jitter.spread(refresh_after(&lives)),
+            dead_at: shortest(&lives).and_then(|life| now.checked_add(life)),
+            monitor,
+            trouble: None,
+            lost: false,
+            requested_at: now,
+        });
+        self.heal.reset();
+        self.unclear = false;
+        self.told = true;
+        self.reports.push_back(Event::PortExpected {
+            key: self.key.clone(),
+            ifname,
+            peers,
+        });
+    }
+
+    fn failed(&mut self, failure: Failure<C>, now: Instant) {
+        let sent = !matches!(failure, Failure::NotSent);
+        let unclear = matches!(failure, Failure::Unclear);
+        if let Failure::Unusable(connection) = failure {
+            self.discard(connection.map(|connection| *connection), now);
+            return;
+        }
+        match &mut self.state {
+            // The path of an answer that was lost is lost with it, so it has
+            // to be found first.
+            State::Opening {
+                plan: Plan::First, ..
+            } if unclear => self.state = self.look_after_pause(now),
+            // What is no longer as it was is built anew.
+            State::Opening {
+                plan: Plan::Adopt(connection),
+                ..
+            } if sent => {
+                let connection = connection.clone();
+                self.start_healing(connection, now + HEAL_FIRST);
+            }
+            State::Opening { at, .. } => *at = now + self.jitter.spread(REQUEST_PAUSE),
+            State::Healing { at, .. } => {
+                *at = now + self.jitter.spread(self.heal.after_failure());
+            }
+            State::Up(up) if sent && up.lost => {
+                let connection = up.connection.clone();
+                self.start_healing(connection, now + HEAL_FIRST);
+            }
+            State::Up(up) => {
+                up.requested_at = now;
+                up.refresh_at = now + self.jitter.spread(self.heal.after_failure());
+            }
+            _ => debug_assert!(false, "no Request was under way"),
+        }
+    }
+
+    /// Gives up what nsmgr connected, since it cannot be used.
+    fn discard(&mut self, connection: Option<C>, now: Instant) {
+        self.release();
+        let before = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Up(Up { connection, .. })
+            | State::Healing { connection, .. }
+            | State::Opening {
+                plan: Plan::Adopt(connection) | Plan::Reselect(connection),
+                ..
+            } => Some(connection),
+            _ => None,
+        };
+        self.state = match connection.or(before) {
+            Some(connection) => State::Discarding { connection },
+            None => self.look_after_pause(now),
+        };
+    }
+
+    fn look_after_pause(&mut self, now: Instant) -> State<C> {
+        self.unclear = true;
+        State::Looking {
+            at: now + self.jitter.spread(REQUEST_PAUSE),
+            tries: 0,
+        }
+    }
+
+    /// A monitor stream was opened, or could not be.
+    pub fn watching(&mut self, open: bool, now: Instant) {
+        if open {
+            if let State::Up(up) = &mut self.state {
+                up.monitor = Monitor::Open;
+            }
+        } else {
+            self.watch_ended(now);
+        }
+    }
+
+    /// The monitor stream ended, for whatever reason: that says nothing of the
+    /// connection.
+    pub fn watch_ended(&mut self, now: Instant) {
+        if let State::Up(up) = &mut self.state {
+            up.monitor = Monitor::Closed {
+                reopen_at: now + self.jitter.spread(self.watch.after_failure()),
+            };
+        }
+    }
+
+    /// An event of the monitor stream; only the last one told before
+    /// [`LbSession::next`] counts.
+    pub fn monitored(&mut self, event: Monitored, now: Instant) {
+        let State::Up(up) = &mut self.state else {
+            return;
+        };
+        self.watch.reset();
+        match event {
+            Monitored::Up => up.trouble = None,
+            Monitored::Down | Monitored::Deleted => up.trouble = Some(Trouble::Down),
+            Monitored::Absent => up.trouble = Some(Trouble::Lost),
+            Monitored::RefreshRequested => {
+                up.trouble = None;
+                up.refresh_at = up.refresh_at.min(up.soonest(now));
+            }
+        }
+    }
+
+    /// The outcome of [`SessionAction::Close`], which is not told: a Close
+    /// that failed has no second effect, and one that succeeded proves
+    /// nothing.
+    pub fn closed(&mut self, now: Instant) {
+        self.state = match self.state {
+            State::Discarding { .. } => State::Opening {
+                at: now + self.jitter.spread(REQUEST_PAUSE),
+                plan: Plan::First,
+            },
+            _ => State::Ended,
+        };
+    }
+
+    /// Ends the session: what is connected, or may be, is closed.
+    pub fn stop(&mut self) {
+        self.release();
+        let unclear = self.unclear;
+        self.state = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Up(Up { connection, .. })
+            | State::Healing { connection, .. }
+            | State::Discarding { connection }
+            | State::Ending { connection }
+            | State::Opening {
+                plan:
+                    Plan::Refresh(connection) | Plan::Adopt(connection) | Plan::Reselect(connection),
+                ..
+            } => State::Ending { connection },
+            State::Looking { .. }
+            | State::Opening {
+                plan: Plan::First, ..
+            } if unclear => State::EndingUnclear,
+            State::EndingUnclear => State::EndingUnclear,
+            State::Looking { .. }
+            | State::Opening {
+                plan: Plan::First, ..
+            }
+            | State::Ended => State::Ended,
+        };
+    }
+
+    /// Takes back what `net` was told.
+    fn release(&mut self) {
+        if std::mem::take(&mut self.told) {
+            self.reports.push_back(Event::PortReleased {
+                key: self.key.clone(),
+            });
+        }
+    }
+}
+
+impl<C: Clone> Up<C> {
+    fn next(&self, now: Instant) -> SessionAction<C> {
+        if self.refresh_at <= now {
+            return SessionAction::Request(Plan::Refresh(self.connection.clone()));
+        }
+        match self.monitor {
+            Monitor::Closed { reopen_at } if reopen_at <= now => SessionAction::Watch,
+            Monitor::Closed { reopen_at } => SessionAction::Wait(self.refresh_at.min(reopen_at)),
+            Monitor::Open => SessionAction::Wait(self.refresh_at),
+        }
+    }
+
+    fn is_dead(&self, now: Instant) -> bool {
+        self.dead_at.is_some_and(|at| at <= now)
+    }
+
+    /// When the next Request may be made at the earliest.
+    fn soonest(&self, now: Instant) -> Instant {
+        now.max(self.requested_at + LEAST)
+    }
+}

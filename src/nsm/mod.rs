@@ -1,16 +1,46 @@
 //! What the daemon asks of the network service manager (nsmgr): LBs are found
 //! through its registry, connected through its Request, watched through its
 //! monitor.
+//!
+//! Thread `lb-watch` (`lb_watch`) drives [`crate::core::mesh`] and starts a
+//! thread `lb:N` (`lb_worker`) for each LB, which drives a
+//! [`crate::core::lb_session`]. Thread `nsm-conn-log` (`conn_log`) only logs.
 
 pub mod caller;
+mod client;
+mod conn_log;
+mod convert;
+pub mod error;
+mod ifname;
+mod lb_watch;
+mod lb_worker;
+mod netns;
+mod path;
+mod port;
+#[cfg(test)]
+mod tests;
 
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, bounded};
+
 use crate::core::family::IpFamilies;
+use crate::core::ids::IfName;
 use crate::ipam::IpamHandle;
 use crate::kernel::NetHandle;
-use crate::sync::thread::Threads;
+use crate::sync::clock;
+use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
 use caller::NsmCaller;
+use client::{Leases, Nsmgr};
+pub use conn_log::ConnectionLog;
+use lb_watch::LbWatch;
+use lb_worker::Shared;
+use netns::Netns;
+
+/// What is kept of the time to stop, so that a Close that is given up still
+/// has its lease released.
+const STOP_MARGIN: Duration = Duration::from_millis(300);
 
 /// What the connections to LBs are made of.
 #[derive(Debug, Clone)]
@@ -27,29 +57,104 @@ pub struct LbOptions {
     pub families: IpFamilies,
 }
 
+/// What tests stand in for.
+#[derive(Clone, Copy)]
+struct Surroundings {
+    /// Whether an interface is a port of the bridge and belongs to the
+    /// connection with this id.
+    is_in_place: fn(&IfName, &str) -> bool,
+    /// When the mesh began.
+    begun: Instant,
+}
+
 /// The full mesh: thread `lb-watch` and a thread `lb:N` for each LB.
-pub struct LbMesh {}
+#[derive(Debug)]
+pub struct LbMesh {
+    // INVARIANT: dropped before `sessions`, into which it puts them.
+    watch: ThreadHandle,
+    sessions: Receiver<Vec<ThreadHandle>>,
+    close_by: Arc<OnceLock<Instant>>,
+}
 
 impl LbMesh {
-    /// Starts `lb-watch`.
+    /// Starts `lb-watch`. The connections end in the network namespace of the
+    /// calling thread.
     ///
     /// # Errors
     ///
-    /// When the thread cannot be started.
+    /// When the thread cannot be started, or the network namespace cannot be
+    /// opened.
     pub fn start(
-        _threads: &Threads,
-        _caller: NsmCaller,
-        _ipam: IpamHandle,
-        _net: NetHandle,
-        _options: LbOptions,
+        threads: &Threads,
+        caller: NsmCaller,
+        ipam: IpamHandle,
+        net: NetHandle,
+        options: LbOptions,
     ) -> std::io::Result<Self> {
-        todo!()
+        let real = Surroundings {
+            is_in_place: port::is_in_place,
+            begun: clock::now(),
+        };
+        Self::start_with(threads, caller, ipam, net, options, real)
+    }
+
+    fn start_with<N: Nsmgr, L: Leases>(
+        threads: &Threads,
+        nsmgr: N,
+        leases: L,
+        net: NetHandle,
+        options: LbOptions,
+        surroundings: Surroundings,
+    ) -> std::io::Result<Self> {
+        let close_by = Arc::new(OnceLock::new());
+        let shared = Shared {
+            nsmgr,
+            leases,
+            net,
+            netns: Arc::new(Netns::own()?),
+            request_timeout: options.request_timeout,
+            close_by: Arc::clone(&close_by),
+            is_in_place: surroundings.is_in_place,
+        };
+        let (tx, sessions) = bounded(1);
+        let spawner = threads.clone();
+        let watch = threads.spawn("lb-watch", STACK_SMALL, move |stop| {
+            let left = LbWatch::new(spawner, shared, options, surroundings.begun).run(&stop);
+            let _ = tx.send(left);
+        })?;
+        Ok(Self {
+            watch,
+            sessions,
+            close_by,
+        })
     }
 
     /// Closes all connections in parallel and ends the threads. Returns the
     /// names of threads that did not end by `deadline`.
     #[must_use]
-    pub fn stop(self, _deadline: Instant) -> Vec<String> {
-        todo!()
+    pub fn stop(self, deadline: Instant) -> Vec<String> {
+        let Self {
+            watch,
+            sessions,
+            close_by,
+        } = self;
+        let by = deadline.checked_sub(STOP_MARGIN).unwrap_or(deadline);
+        // Set once: nobody else sets it, and `self` is used up.
+        let _ = close_by.set(by);
+        let mut overdue = Vec::new();
+        join(watch, deadline, &mut overdue);
+        // Empty only if `lb-watch` is overdue itself.
+        for session in sessions.try_recv().unwrap_or_default() {
+            join(session, deadline, &mut overdue);
+        }
+        overdue
+    }
+}
+
+/// Waits for a thread, and leaves it alone if it is late: the process ends.
+fn join(mut thread: ThreadHandle, deadline: Instant, overdue: &mut Vec<String>) {
+    if thread.join_by(deadline) == Joined::StillRunning {
+        overdue.push(thread.name().to_owned());
+        thread.abandon();
     }
 }

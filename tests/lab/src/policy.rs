@@ -1,1 +1,196 @@
-//! nsmgr's authorisation policies.
+//! What nsmgr, registry and forwarder demand of a caller: the envelope of each
+//! call, and the OPA policies of the NSM SDK (tools/opa/policies) as functions.
+//! Every refusal is written to [`Notes`], so that a test can say which, or that
+//! there was none.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use grpcio::Metadata;
+use meridio_proxy::spiffe::jwt::{self, Token};
+use openssl::x509::X509;
+use parking_lot::Mutex;
+
+use crate::path::parse_rfc3339;
+use crate::tls::Peer;
+
+pub use hop::{Hop, denied, unknown};
+
+mod hop;
+
+/// Header with the token.
+pub const TOKEN_HEADER: &str = "nsm-client-token";
+/// Header with its time of expiry.
+pub const EXPIRES_HEADER: &str = "nsm-client-token-expires";
+/// Header with the registry's path.
+pub const PATH_HEADER: &str = "path";
+
+/// Refusals kept.
+const NOTES_MAX: usize = 10_000;
+
+/// What was refused, and what was answered although it should not have been
+/// asked (`violation: …`).
+#[derive(Clone, Default)]
+pub struct Notes(Arc<Mutex<Vec<String>>>);
+
+impl Notes {
+    pub fn refuse(&self, what: &str, reason: &str) {
+        self.push(format!("{what}: {reason}"));
+    }
+
+    /// For what real peers put up with, but a good client does not do.
+    pub fn violation(&self, what: &str, reason: &str) {
+        self.push(format!("violation: {what}: {reason}"));
+    }
+
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().clone()
+    }
+
+    fn push(&self, line: String) {
+        let mut lines = self.0.lock();
+        if lines.len() < NOTES_MAX {
+            lines.push(line);
+        }
+    }
+}
+
+/// The values of a header.
+pub fn header_values(headers: &Metadata, name: &str) -> Vec<String> {
+    headers
+        .iter()
+        .filter(|(key, _)| *key == name)
+        .map(|(_, value)| String::from_utf8_lossy(value).into_owned())
+        .collect()
+}
+
+/// Reads and judges the two token headers of a call. This is stricter than
+/// nsmgr in one point: the header's time must respect both certificates.
+pub fn envelope(headers: &Metadata, peer: &Peer, now: SystemTime) -> Result<Token, String> {
+    let single = |name: &str| {
+        let mut values = header_values(headers, name);
+        match values.len() {
+            1 => Ok(values.remove(0)),
+            count => Err(format!("header {name} is there {count} times")),
+        }
+    };
+    let token = Token {
+        jwt: single(TOKEN_HEADER)?,
+        expires: parse_rfc3339(&single(EXPIRES_HEADER)?)?,
+    };
+    let claims = jwt::claims(&token.jwt).map_err(|error| format!("token: {}", error.0))?;
+    let (us, them) = (peer.own.svid.id.as_str(), peer.identity.id.as_str());
+    match &claims.aud {
+        Some(aud) if aud.len() == 1 && aud[0] == us => {}
+        other => return Err(format!("token: aud {other:?} is not [{us:?}]")),
+    }
+    if claims.sub != them {
+        return Err(format!(
+            "token: sub {:?} is not the TLS peer {them:?}",
+            claims.sub
+        ));
+    }
+    tokens_expired(std::slice::from_ref(&token.jwt), now)?;
+    jwt::verify(&token.jwt, &peer.identity.leaf)
+        .map_err(|error| format!("token is not signed by the TLS peer's key: {}", error.0))?;
+    let limit = peer.identity.not_after.min(peer.own.svid.not_after);
+    if token.expires > limit + Duration::from_secs(1) {
+        return Err(format!(
+            "header {EXPIRES_HEADER} is later than a certificate of the session"
+        ));
+    }
+    if token.expires <= now {
+        return Err(format!("header {EXPIRES_HEADER} is in the past"));
+    }
+    Ok(token)
+}
+
+/// Every token decodes.
+pub fn tokens_valid(tokens: &[String]) -> Result<(), String> {
+    for (n, token) in tokens.iter().enumerate() {
+        jwt::claims(token).map_err(|error| format!("tokens_valid: segment {n}: {}", error.0))?;
+    }
+    Ok(())
+}
+
+/// Every token has an expiry, in the future.
+pub fn tokens_expired(tokens: &[String], now: SystemTime) -> Result<(), String> {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    for (n, token) in tokens.iter().enumerate() {
+        let exp = jwt::claims(token).ok().and_then(|claims| claims.exp);
+        if exp.is_none_or(|exp| now >= exp) {
+            return Err(format!(
+                "tokens_expired: segment {n}: exp {exp:?}, now {now}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Each token was made for the maker of the next one.
+pub fn tokens_chained(tokens: &[String]) -> Result<(), String> {
+    for (n, pair) in tokens.windows(2).enumerate() {
+        let (Ok(left), Ok(right)) = (jwt::claims(&pair[0]), jwt::claims(&pair[1])) else {
+            return Err(format!("tokens_chained: segment {n}: no token"));
+        };
+        // The policy is a function with several outputs when one of several
+        // elements matches, which OPA answers with an error.
+        if left.aud.as_deref() != Some(std::slice::from_ref(&right.sub)) {
+            return Err(format!(
+                "tokens_chained: segment {n}: aud {:?}, next sub {:?}",
+                left.aud, right.sub
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The token before this hop's was signed by the TLS peer.
+pub fn prev_token_signed(tokens: &[String], index: usize, leaf: &X509) -> Result<(), String> {
+    let token = index
+        .checked_sub(1)
+        .and_then(|previous| tokens.get(previous))
+        .ok_or_else(|| format!("prev_token_signed: nothing before index {index}"))?;
+    jwt::verify(token, leaf).map_err(|error| format!("prev_token_signed: {}", error.0))
+}
+
+/// The four policies of a server, over the segments up to its own.
+pub fn authorize(
+    tokens: &[String],
+    index: usize,
+    leaf: &X509,
+    now: SystemTime,
+) -> Result<(), String> {
+    tokens_valid(tokens)?;
+    tokens_expired(tokens, now)?;
+    tokens_chained(tokens)?;
+    prev_token_signed(tokens, index, leaf)
+}
+
+/// Who registered which name: the policy `client_allowed`.
+#[derive(Default)]
+pub struct Owners(BTreeMap<String, String>);
+
+impl Owners {
+    pub fn client_allowed(&self, name: &str, client: &str) -> Result<(), String> {
+        match self.0.get(name) {
+            Some(owner) if owner != client => Err(format!(
+                "client_allowed: {name} belongs to {owner}, not {client}"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn set(&mut self, name: &str, client: &str) {
+        self.0.insert(name.to_owned(), client.to_owned());
+    }
+
+    pub fn forget(&mut self, name: &str) {
+        self.0.remove(name);
+    }
+}
+
+#[cfg(test)]
+#[path = "policy/tests.rs"]
+mod tests;

@@ -1,0 +1,416 @@
+//! Thread `lb:N`: does what one [`LbSession`] says. It blocks in one call at a
+//! time, each with a deadline, and shares nothing with the other sessions, so
+//! a peer that is slow delays nobody else.
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{at, never, select};
+use log::{debug, info, warn};
+
+use super::client::{Leases, Nsmgr, Stream};
+use super::convert::{self, Template};
+use super::ifname;
+use super::netns::Netns;
+use super::path;
+use crate::core::event::Event;
+use crate::core::ids::{IfName, LeaseId};
+use crate::core::lb_session::{
+    Established, Failure, LbSession, Looked, Monitored, Plan, SessionAction,
+};
+use crate::core::lease::Addresses;
+use crate::ipam::IpamError;
+use crate::kernel::NetHandle;
+use crate::proto::connection::{Connection, ConnectionEvent};
+use crate::rpc::pump::{Item, StreamError};
+use crate::rpc::status::{Code, RpcError};
+use crate::sync::clock;
+use crate::sync::stop::{Stop, Stopper, stop_pair};
+
+/// Bound of asking nsmgr for a connection, and of opening a stream.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same while stopping, where every session has to be over soon.
+const LAST_LOOK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a refresh waits for IPAM when the addresses are known anyway.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the sessions of a mesh have in common.
+#[derive(Clone)]
+pub(super) struct Shared<N, L> {
+    pub(super) nsmgr: N,
+    pub(super) leases: L,
+    pub(super) net: NetHandle,
+    pub(super) netns: Arc<Netns>,
+    /// `NSM_REQUEST_TIMEOUT`.
+    pub(super) request_timeout: Duration,
+    /// When the last Close has to be over, once the daemon stops.
+    pub(super) close_by: Arc<OnceLock<Instant>>,
+    /// Whether an interface is a port of the bridge and belongs to the
+    /// connection with this id.
+    pub(super) is_in_place: fn(&IfName, &str) -> bool,
+}
+
+/// One session with all that it needs.
+pub(super) struct LbWorker<N, L> {
+    shared: Shared<N, L>,
+    template: Template,
+    session: LbSession<Connection>,
+    watch: Option<Stream<ConnectionEvent>>,
+    /// The addresses that the last Request was made with.
+    addresses: Option<Addresses>,
+    /// Something may hold the lease.
+    leased: bool,
+    /// nsmgr's id of the connection, by its last answer.
+    at_nsmgr: String,
+    /// What `net` was told last.
+    reported: Option<Event>,
+    /// The last complaint, so that an outage is one warning.
+    complaint: Option<String>,
+    /// In place of the order to stop, once it has been given: what is done
+    /// then is bounded by deadlines alone.
+    last: (Stopper, Stop),
+    stopping: bool,
+}
+
+impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
+    pub(super) fn new(
+        shared: Shared<N, L>,
+        template: Template,
+        session: LbSession<Connection>,
+    ) -> Self {
+        Self {
+            shared,
+            template,
+            session,
+            watch: None,
+            addresses: None,
+            leased: false,
+            at_nsmgr: String::new(),
+            reported: None,
+            complaint: None,
+            last: stop_pair(),
+            stopping: false,
+        }
+    }
+
+    /// Runs until `stop`, then until the connection is closed.
+    pub(super) fn run(mut self, stop: &Stop) {
+        loop {
+            if !self.stopping && stop.is_set() {
+                self.stopping = true;
+                self.watch = None;
+                self.session.stop();
+            }
+            let calls = if self.stopping {
+                self.last.1.clone()
+            } else {
+                stop.clone()
+            };
+            match self.session.next(clock::now()) {
+                SessionAction::Look => {
+                    let looked = self.look(&calls);
+                    self.session.looked(looked, clock::now());
+                }
+                SessionAction::Request(plan) => {
+                    let outcome = self.request(plan, &calls);
+                    self.session.answered(outcome, clock::now());
+                }
+                SessionAction::Watch => self.open_watch(&calls),
+                SessionAction::Close(connection) => self.close(connection, &calls),
+                SessionAction::Report(event) => self.report(event),
+                SessionAction::Wait(until) => self.wait(until, stop),
+                SessionAction::Done => break,
+            }
+        }
+        if self.leased {
+            self.shared.leases.release_later(self.lease_id());
+        }
+    }
+
+    fn lease_id(&self) -> LeaseId {
+        LeaseId::new(self.template.id.as_str())
+    }
+
+    fn report(&mut self, event: Event) {
+        if self.reported.as_ref() == Some(&event) {
+            debug!("{event}, still");
+        } else {
+            info!("{event}");
+            self.reported = Some(event.clone());
+        }
+        self.shared.net.tell(event);
+    }
+
+    /// Finds out whether nsmgr has a connection of ours: the first event of a
+    /// monitor lists what there is.
+    fn look(&mut self, stop: &Stop) -> Looked<Connection> {
+        let timeout = if self.stopping {
+            LAST_LOOK_TIMEOUT
+        } else {
+            LOOK_TIMEOUT
+        };
+        let deadline = self.bounded(clock::now() + timeout);
+        let selector = self.template.selector();
+        let stream = match self.shared.nsmgr.monitor(&selector, deadline, stop) {
+            Ok(stream) => stream,
+            Err(error) => return self.not_found(&error.to_string()),
+        };
+        select! {
+            recv(stream.items()) -> item => match item {
+                Ok(Item::Message(event)) => self.found(event),
+                Ok(Item::Ended(Err(error))) => self.no_list(&error),
+                Ok(Item::Ended(Ok(()))) | Err(_) => self.not_found("the stream ended"),
+            },
+            recv(stop.receiver()) -> _ => Looked::Unreachable,
+            // A connected nsmgr that says nothing is not waited for again.
+            recv(at(deadline)) -> _ => {
+                self.complain("nsmgr did not list its connections in time".to_owned());
+                Looked::Absent
+            },
+        }
+    }
+
+    fn no_list(&mut self, error: &StreamError) -> Looked<Connection> {
+        match error {
+            StreamError::Rpc(rpc) if rpc.is_unavailable() => self.not_found(&rpc.to_string()),
+            // Some versions let only those see a connection who have made it.
+            _ => {
+                self.complain(format!("nsmgr does not list its connections: {error}"));
+                Looked::Absent
+            }
+        }
+    }
+
+    fn not_found(&mut self, why: &str) -> Looked<Connection> {
+        self.complain(format!("nsmgr cannot be asked for its connections: {why}"));
+        Looked::Unreachable
+    }
+
+    fn found(&self, event: ConnectionEvent) -> Looked<Connection> {
+        let Some(connection) = self.template.find_own(event) else {
+            return Looked::Absent;
+        };
+        let ifname = self.template.interface_of_up(&connection);
+        let intact = ifname.is_some_and(|name| (self.shared.is_in_place)(&name, &self.template.id));
+        info!(
+            id = self.template.id, in_place = intact;
+            "nsmgr knows the connection already"
+        );
+        Looked::Found { connection, intact }
+    }
+
+    fn request(
+        &mut self,
+        plan: Plan<Connection>,
+        stop: &Stop,
+    ) -> Result<Established<Connection>, Failure<Connection>> {
+        let plan = match plan {
+            Plan::Refresh(connection) => Plan::Refresh(connection),
+            other => {
+                // Its events would be about what we do ourselves.
+                self.watch = None;
+                other
+            }
+        };
+        let addresses = match self.acquire(&plan, stop) {
+            Ok(addresses) => addresses,
+            Err(error) => {
+                self.complain(format!("no addresses from IPAM: {error}"));
+                return Err(Failure::NotSent);
+            }
+        };
+        let plan = match plan {
+            // Moved addresses are no longer what the peer has.
+            Plan::Adopt(connection) if !convert::has_addresses(&connection, &addresses) => {
+                Plan::Reselect(connection)
+            }
+            plan => plan,
+        };
+        let Some(ifname) = ifname::generate(&self.template.service, ifname::random) else {
+            self.complain("cannot make a name for the interface".to_owned());
+            return Err(Failure::NotSent);
+        };
+        debug!(id = self.template.id; "request: {}", describe(&plan));
+        let request = self.template.request(plan, &addresses, &ifname);
+        let deadline = clock::now() + self.shared.request_timeout;
+        let netns = &self.shared.netns;
+        match self.shared.nsmgr.request(&request, netns, deadline, stop) {
+            Ok(connection) => self.check(connection, &addresses),
+            Err(error) => {
+                self.complain(format!("Request failed: {error}"));
+                Err(failure(&error))
+            }
+        }
+    }
+
+    fn check(
+        &mut self,
+        connection: Connection,
+        addresses: &Addresses,
+    ) -> Result<Established<Connection>, Failure<Connection>> {
+        let copy = connection.clone();
+        match self.template.check(connection, addresses, clock::wall()) {
+            Ok(established) => {
+                path::nsmgr_id(&established.connection).clone_into(&mut self.at_nsmgr);
+                if let Some(complaint) = self.complaint.take() {
+                    info!(id = self.template.id; "well again after: {complaint}");
+                }
+                Ok(established)
+            }
+            Err(error) => {
+                self.complain(format!("nsmgr's answer is not used: {error}"));
+                let closable = self.template.is_closable(&copy);
+                Err(Failure::Unusable(closable.then(|| Box::new(copy))))
+            }
+        }
+    }
+
+    /// The addresses for a Request. Every one renews them; but a connection
+    /// that stands shall not fall because IPAM is away.
+    fn acquire(&mut self, plan: &Plan<Connection>, stop: &Stop) -> Result<Addresses, IpamError> {
+        let known = self.addresses.filter(|_| !matches!(plan, Plan::First));
+        let timeout = match known {
+            Some(_) => RENEW_TIMEOUT.min(self.shared.request_timeout),
+            None => self.shared.request_timeout,
+        };
+        self.leased = true;
+        let deadline = clock::now() + timeout;
+        match self.shared.leases.acquire(self.lease_id(), deadline, stop) {
+            Ok(addresses) => {
+                self.addresses = Some(addresses);
+                Ok(addresses)
+            }
+            Err(IpamError::Stopped) => Err(IpamError::Stopped),
+            Err(error) => match known {
+                Some(addresses) => {
+                    self.complain(format!(
+                        "IPAM did not renew the addresses, they are kept: {error}"
+                    ));
+                    Ok(addresses)
+                }
+                None => Err(error),
+            },
+        }
+    }
+
+    fn open_watch(&mut self, stop: &Stop) {
+        self.watch = None;
+        let selector = self.template.selector();
+        let deadline = clock::now() + LOOK_TIMEOUT;
+        match self.shared.nsmgr.monitor(&selector, deadline, stop) {
+            Ok(stream) => {
+                self.watch = Some(stream);
+                self.session.watching(true, clock::now());
+            }
+            Err(error) => {
+                self.complain(format!("cannot watch the connection: {error}"));
+                self.session.watching(false, clock::now());
+            }
+        }
+    }
+
+    /// Ends the connection at nsmgr. The outcome changes nothing: what nsmgr
+    /// does not know it cannot close twice, and what it failed to close ends
+    /// when its tokens expire.
+    fn close(&mut self, connection: Connection, stop: &Stop) {
+        self.watch = None;
+        self.leased = true;
+        let connection = self.template.close(connection);
+        let deadline = self.bounded(clock::now() + self.shared.request_timeout);
+        let netns = &self.shared.netns;
+        match self.shared.nsmgr.close(&connection, netns, deadline, stop) {
+            Ok(()) => info!(id = self.template.id; "connection closed"),
+            // Interrupted by the order to stop: it is made again then.
+            Err(RpcError::Cancelled) if !self.stopping && stop.is_set() => return,
+            Err(error) => warn!(id = self.template.id; "Close failed: {error}"),
+        }
+        self.session.closed(clock::now());
+    }
+
+    /// `deadline`, or earlier when the daemon stops.
+    fn bounded(&self, deadline: Instant) -> Instant {
+        match self.shared.close_by.get() {
+            Some(by) => deadline.min(*by),
+            None => deadline,
+        }
+    }
+
+    fn wait(&mut self, until: Instant, stop: &Stop) {
+        let quiet = never();
+        let items = self.watch.as_ref().map_or(&quiet, Stream::items).clone();
+        select! {
+            recv(items) -> item => {
+                self.monitored(item.ok());
+                // The state that counts is the last one told.
+                while let (Some(_), Ok(item)) = (&self.watch, items.try_recv()) {
+                    self.monitored(Some(item));
+                }
+            },
+            recv(stop.receiver()) -> _ => {},
+            recv(at(until)) -> _ => {},
+        }
+    }
+
+    fn monitored(&mut self, item: Option<Item<ConnectionEvent>>) {
+        let now = clock::now();
+        match item {
+            Some(Item::Message(event)) => {
+                let Some(said) = self.template.monitored(&event, &self.at_nsmgr) else {
+                    return;
+                };
+                if said != Monitored::Up {
+                    info!(id = self.template.id; "nsmgr reports: {}", tell(said));
+                }
+                self.session.monitored(said, now);
+            }
+            ended => {
+                let why = match ended {
+                    Some(Item::Ended(Err(error))) => error.to_string(),
+                    _ => "nsmgr ended it".to_owned(),
+                };
+                debug!(id = self.template.id; "monitor stream over: {why}");
+                self.watch = None;
+                self.session.watch_ended(now);
+            }
+        }
+    }
+
+    /// Warns once for as long as the same thing is wrong.
+    fn complain(&mut self, what: String) {
+        if self.complaint.as_ref() == Some(&what) {
+            debug!(id = self.template.id; "{what}");
+        } else {
+            warn!(id = self.template.id; "{what}");
+            self.complaint = Some(what);
+        }
+    }
+}
+
+fn describe(plan: &Plan<Connection>) -> &'static str {
+    match plan {
+        Plan::First => "first",
+        Plan::Refresh(_) => "refresh",
+        Plan::Adopt(_) => "a predecessor's connection, as it is",
+        Plan::Reselect(_) => "reselect",
+    }
+}
+
+fn tell(said: Monitored) -> &'static str {
+    match said {
+        Monitored::Up => "up",
+        Monitored::Down => "down",
+        Monitored::Deleted => "deleted",
+        Monitored::RefreshRequested => "refresh requested",
+        Monitored::Absent => "not known",
+    }
+}
+
+/// Whether nsmgr has refused, or may have connected without our learning it.
+fn failure(error: &RpcError) -> Failure<Connection> {
+    match error.code() {
+        Some(Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED) | None => {
+            Failure::Unclear
+        }
+        Some(_) => Failure::Refused,
+    }
+}

@@ -1,0 +1,292 @@
+//! The gRPC services. Handlers run on gRPC's thread: they judge the envelope,
+//! fix the call's place in the order of its key, and hand it to a thread.
+
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use grpcio::{
+    Metadata, MetadataBuilder, Method, RpcContext, RpcStatus, ServerStreamingSink, Service,
+    ServiceBuilder, UnarySink,
+};
+use meridio_proxy::proto::health::health_check_response::ServingStatus;
+use meridio_proxy::proto::health::{HealthCheckRequest, HealthCheckResponse};
+use meridio_proxy::rpc::method;
+use meridio_proxy::rpc::status::{Code, RpcError};
+use meridio_proxy::spiffe::jwt::Token;
+use meridio_proxy::sync::clock;
+
+use super::Inner;
+use super::parts::{detach, remaining};
+use crate::monitor::Outbox;
+use crate::path::RegistryPath;
+use crate::policy::{PATH_HEADER, denied, envelope, header_values};
+use crate::tls::Peer;
+
+/// The most that a call may take, whatever its deadline.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// How long an answer may take to be written.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// A call whose envelope was accepted.
+pub struct Incoming {
+    pub peer: Arc<Peer>,
+    pub token: Token,
+    pub deadline: Instant,
+    /// Time that the caller still gave it at arrival.
+    pub remaining: Duration,
+    /// The registry's path, if the header is there once and parses.
+    pub path: Option<RegistryPath>,
+}
+
+/// An answer, with the registry's path where there is one.
+pub struct Answer<T>(pub T, pub Option<RegistryPath>);
+
+type Prepare<Req> = fn(&Inner, &mut Req) -> Result<String, RpcError>;
+type Run<Req, Resp> = fn(&Inner, &Incoming, Req) -> Result<Answer<Resp>, RpcError>;
+
+pub fn service(inner: &Weak<Inner>) -> Service {
+    let mut builder = ServiceBuilder::new();
+    builder = unary(
+        builder,
+        inner,
+        &method::REQUEST,
+        Inner::enter_request,
+        Inner::request,
+    );
+    builder = unary(
+        builder,
+        inner,
+        &method::CLOSE,
+        Inner::enter_close,
+        Inner::close,
+    );
+    builder = unary(
+        builder,
+        inner,
+        &method::NS_REGISTER,
+        |_, ns| Ok(ns.name.clone()),
+        Inner::register_service,
+    );
+    builder = unary(
+        builder,
+        inner,
+        &method::NS_UNREGISTER,
+        |_, ns| Ok(ns.name.clone()),
+        Inner::unregister_service,
+    );
+    builder = unary(
+        builder,
+        inner,
+        &method::NSE_REGISTER,
+        |_, e| Ok(e.name.clone()),
+        Inner::register_endpoint,
+    );
+    builder = unary(
+        builder,
+        inner,
+        &method::NSE_UNREGISTER,
+        |_, e| Ok(e.name.clone()),
+        Inner::unregister_endpoint,
+    );
+    builder = stream(
+        builder,
+        inner,
+        &method::MONITOR_CONNECTIONS,
+        |inner, _, selector| Ok(inner.monitors.open(selector)),
+    );
+    builder = stream(builder, inner, &method::NS_FIND, |inner, _, query| {
+        crate::registry::need_filter(query.network_service.is_some())?;
+        Ok(inner.registry.find_services(&query))
+    });
+    builder = stream(builder, inner, &method::NSE_FIND, Inner::find_endpoints);
+    builder
+        .add_unary_handler(
+            &method::HEALTH_CHECK,
+            |context: RpcContext<'_>, request: HealthCheckRequest, sink: UnarySink<_>| {
+                let known = [
+                    "",
+                    "networkservice.NetworkService",
+                    "connection.MonitorConnection",
+                ];
+                let answer = if known.contains(&request.service.as_str()) {
+                    sink.success(HealthCheckResponse {
+                        status: ServingStatus::SERVING.into(),
+                        ..Default::default()
+                    })
+                } else {
+                    sink.fail(RpcStatus::new(Code::NOT_FOUND))
+                };
+                context.spawn(async move {
+                    let _ = answer.await;
+                });
+            },
+        )
+        .build()
+}
+
+fn unary<Req, Resp>(
+    builder: ServiceBuilder,
+    inner: &Weak<Inner>,
+    method: &Method<Req, Resp>,
+    prepare: Prepare<Req>,
+    run: Run<Req, Resp>,
+) -> ServiceBuilder
+where
+    Req: Send + 'static,
+    Resp: Send + 'static,
+{
+    let inner = inner.clone();
+    let what = method.name;
+    builder.add_unary_handler(method, move |context: RpcContext<'_>, mut request, sink| {
+        let Some(inner) = inner.upgrade() else { return };
+        let arrived = incoming(&inner, &context, true).and_then(|call| {
+            let key = prepare(&inner, &mut request)?;
+            Ok((call, inner.turns.ticket(&format!("{what} {key}"))))
+        });
+        let (call, ticket) = match arrived {
+            Ok(arrived) => arrived,
+            Err(error) => {
+                inner.notes.refuse(what, &error.to_string());
+                let failed = sink.fail(to_status(&error));
+                context.spawn(async move {
+                    let _ = failed.await;
+                });
+                return;
+            }
+        };
+        detach("lab-call", move || {
+            let late = || RpcError::status(Code::DEADLINE_EXCEEDED, "held back by the test");
+            let result = if inner.gate.pass(call.deadline) && ticket.wait(call.deadline) {
+                run(&inner, &call, request)
+            } else {
+                Err(late())
+            };
+            if let Err(error) = &result
+                && matches!(
+                    error.code(),
+                    Some(Code::PERMISSION_DENIED | Code::INVALID_ARGUMENT)
+                )
+            {
+                inner.notes.refuse(what, &error.to_string());
+            }
+            answer(sink, result);
+            drop(ticket);
+        });
+    })
+}
+
+fn answer<Resp>(mut sink: UnarySink<Resp>, result: Result<Answer<Resp>, RpcError>) {
+    let sent = match result {
+        Ok(Answer(message, path)) => {
+            if let Some(path) = path {
+                sink.set_headers(path_header(path));
+            }
+            sink.success(message)
+        }
+        Err(error) => sink.fail(to_status(&error)),
+    };
+    // A client that has gone is no concern.
+    let _ = block_on(sent, ANSWER_LIMIT);
+}
+
+/// The path as the caller gets it back: at its own index.
+fn path_header(mut path: RegistryPath) -> Metadata {
+    path.index = 0;
+    let mut metadata = MetadataBuilder::new();
+    let _ = metadata.add_str(PATH_HEADER, &path.to_json());
+    metadata.build()
+}
+
+fn stream<Req, Resp>(
+    builder: ServiceBuilder,
+    inner: &Weak<Inner>,
+    method: &Method<Req, Resp>,
+    open: fn(&Inner, &Incoming, Req) -> Result<Outbox<Resp>, RpcError>,
+) -> ServiceBuilder
+where
+    Req: 'static,
+    Resp: Send + 'static,
+{
+    let inner = inner.clone();
+    let what = method.name;
+    builder.add_server_streaming_handler(
+        method,
+        move |context: RpcContext<'_>, request, sink: ServerStreamingSink<Resp>| {
+            let Some(inner) = inner.upgrade() else { return };
+            let opened =
+                incoming(&inner, &context, false).and_then(|call| open(&inner, &call, request));
+            match opened {
+                Ok(outbox) => outbox.serve(&context, sink),
+                Err(error) => {
+                    inner.notes.refuse(what, &error.to_string());
+                    let outbox = Outbox::default();
+                    outbox.end(to_status(&error));
+                    outbox.serve(&context, sink);
+                }
+            }
+        },
+    )
+}
+
+fn incoming(
+    inner: &Inner,
+    context: &RpcContext<'_>,
+    needs_deadline: bool,
+) -> Result<Incoming, RpcError> {
+    let peer = inner
+        .peers
+        .lookup(&context.peer())
+        .ok_or_else(|| RpcError::status(Code::UNAVAILABLE, "the connection has ended"))?;
+    let headers = context.request_headers();
+    let token = envelope(headers, &peer, clock::wall()).map_err(denied)?;
+    let remaining = match remaining(context.deadline()) {
+        None if needs_deadline => {
+            return Err(RpcError::status(
+                Code::INVALID_ARGUMENT,
+                "call without a deadline",
+            ));
+        }
+        left => left.unwrap_or(CALL_LIMIT),
+    };
+    // Only the last value counts.
+    let path = header_values(headers, PATH_HEADER).pop();
+    Ok(Incoming {
+        peer,
+        token,
+        deadline: clock::now() + remaining.min(CALL_LIMIT),
+        remaining,
+        path: path.and_then(|text| RegistryPath::parse(&text).ok()),
+    })
+}
+
+fn to_status(error: &RpcError) -> RpcStatus {
+    match error {
+        RpcError::Status { code, message } => RpcStatus::with_message(*code, message.clone()),
+        other => RpcStatus::with_message(Code::UNKNOWN, other.to_string()),
+    }
+}
+
+/// Runs a future on this thread; `None` after `limit`.
+fn block_on<F: Future>(future: F, limit: Duration) -> Option<F::Output> {
+    struct Unpark(std::thread::Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut context = Context::from_waker(&waker);
+    let mut future = Box::pin(future);
+    let deadline = clock::now() + limit;
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return Some(output);
+        }
+        let now = clock::now();
+        if now >= deadline {
+            return None;
+        }
+        std::thread::park_timeout(deadline - now);
+    }
+}
