@@ -226,5 +226,4 @@ impl Inner {
 }
 
 #[cfg(test)]
-#[path = "nsmgr/tests.rs"]
 mod tests;

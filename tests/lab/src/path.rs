@@ -12,7 +12,6 @@ use serde_json::{Value, json};
 
 pub use self::time::{format_rfc3339, parse_rfc3339};
 
-#[path = "path/time.rs"]
 mod time;
 
 /// A random UUID (version 4).
@@ -243,5 +242,4 @@ impl RegistryPath {
 }
 
 #[cfg(test)]
-#[path = "path/tests.rs"]
 mod tests;

@@ -5,12 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use grpcio::Metadata;
 use meridio_proxy::spiffe::jwt::{self, Token};
 use openssl::x509::X509;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::path::parse_rfc3339;
 use crate::tls::Peer;
@@ -32,7 +32,7 @@ const NOTES_MAX: usize = 10_000;
 /// What was refused, and what was answered although it should not have been
 /// asked (`violation: …`).
 #[derive(Clone, Default)]
-pub struct Notes(Arc<Mutex<Vec<String>>>);
+pub struct Notes(Arc<(Mutex<Vec<String>>, Condvar)>);
 
 impl Notes {
     pub fn refuse(&self, what: &str, reason: &str) {
@@ -45,14 +45,32 @@ impl Notes {
     }
 
     pub fn all(&self) -> Vec<String> {
-        self.0.lock().clone()
+        self.0.0.lock().clone()
+    }
+
+    /// Waits for a note that contains `text`: a client may learn of its refusal
+    /// a moment before it is written down.
+    pub fn wait(&self, text: &str, deadline: Instant) -> Result<String, String> {
+        let (lines, changed) = &*self.0;
+        let mut lines = lines.lock();
+        loop {
+            if let Some(line) = lines.iter().find(|line| line.contains(text)) {
+                return Ok(line.clone());
+            }
+            if changed.wait_until(&mut lines, deadline).timed_out() {
+                return Err(format!("no refusal says {text:?}: {lines:?}"));
+            }
+        }
     }
 
     fn push(&self, line: String) {
-        let mut lines = self.0.lock();
+        let (lines, changed) = &*self.0;
+        let mut lines = lines.lock();
         if lines.len() < NOTES_MAX {
             lines.push(line);
         }
+        drop(lines);
+        changed.notify_all();
     }
 }
 
@@ -192,5 +210,4 @@ impl Owners {
 }
 
 #[cfg(test)]
-#[path = "policy/tests.rs"]
 mod tests;

@@ -320,5 +320,4 @@ pub fn need_filter(present: bool) -> Result<(), RpcError> {
 }
 
 #[cfg(test)]
-#[path = "registry/tests.rs"]
 mod tests;

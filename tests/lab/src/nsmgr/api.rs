@@ -15,7 +15,7 @@ use meridio_proxy::sync::clock;
 use super::targets::{TargetEvent, TargetRequest};
 use super::{Inner, Lb, Nsmgr, Socket};
 use crate::datapath::LocalEndpoint;
-use crate::path::{RegistryPath, timestamp};
+use crate::path::{RegistryPath, client_id, timestamp};
 use crate::policy::Hop;
 use crate::registry::Registry;
 use crate::tls::{file_id, inode_url};
@@ -138,6 +138,24 @@ impl Nsmgr {
         self.inner().state.lock().expire_period = period;
     }
 
+    /// Tells that a client's connection is DOWN, as when its forwarder dies;
+    /// false when there is none.
+    pub fn down_connection(&self, client_id: &str) -> bool {
+        let inner = self.inner();
+        let found = inner.by_client_id(client_id);
+        found.is_some_and(|connection| inner.monitors.down(&connection.id))
+    }
+
+    /// Ends a client's connection unasked, with DELETE; false when there is
+    /// none.
+    pub fn end_connection(&self, client_id: &str) -> bool {
+        let inner = self.inner();
+        let found = inner.by_client_id(client_id);
+        found
+            .inspect(|connection| inner.end(&connection.id))
+            .is_some()
+    }
+
     /// Gives nsmgr a new SVID, as a rotation does.
     pub fn rotate(&self, ttl: Duration) {
         let hop = &self.inner().hop;
@@ -164,6 +182,11 @@ impl Nsmgr {
     /// Everything that was refused, with the reason, and violations.
     pub fn refusals(&self) -> Vec<String> {
         self.inner().notes.all()
+    }
+
+    /// Waits for a refusal that contains `text`.
+    pub fn wait_refusal(&self, text: &str, deadline: Instant) -> Result<String, String> {
+        self.inner().notes.wait(text, deadline)
     }
 
     /// The connections that nsmgr holds, as inside it.
@@ -232,6 +255,11 @@ impl Nsmgr {
 }
 
 impl Inner {
+    fn by_client_id(&self, id: &str) -> Option<Connection> {
+        let all = self.monitors.all();
+        all.into_iter().find(|c| client_id(c) == id)
+    }
+
     /// The path of an LB's registration up to nsmgr.
     fn lb_path(&self, lb: &Lb) -> Result<RegistryPath, RpcError> {
         let mut path = RegistryPath::default();

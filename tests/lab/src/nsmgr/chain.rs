@@ -144,6 +144,10 @@ impl Inner {
             self.notes
                 .violation(&what, "another endpoint without RESELECT_REQUESTED");
         }
+        if connection.labels != known.labels || connection.payload != known.payload {
+            self.notes
+                .violation(&what, "labels or payload were not sent again");
+        }
         let ids = |c: &Connection| -> Vec<String> {
             let segments = c.path.path_segments.iter();
             segments.map(|s| format!("{}/{}", s.name, s.id)).collect()
@@ -226,28 +230,27 @@ impl Inner {
         Ok(Answer(Empty::new(), None))
     }
 
-    /// Ends a connection everywhere and says so.
+    /// Ends a connection everywhere, and then says so.
     pub fn end(&self, id: &str) {
         self.timers.cancel(&format!("conn/{id}"));
         self.state.lock().netns.remove(id);
-        let Some(connection) = self.monitors.delete(id) else {
+        let Some(connection) = self.monitors.get(id) else {
             return;
         };
         let ours = self.hop.as_peer();
-        let closed = self
-            .hop
-            .token(&self.forwarder.hop.as_peer())
-            .and_then(|token| {
-                let call = Call {
-                    caller: &ours,
-                    token: &token,
-                    deadline: clock::now() + CLOSE_LIMIT,
-                };
-                self.forwarder.close(connection, &call)
-            });
+        let token = self.hop.token(&self.forwarder.hop.as_peer());
+        let closed = token.and_then(|token| {
+            let call = Call {
+                caller: &ours,
+                token: &token,
+                deadline: clock::now() + CLOSE_LIMIT,
+            };
+            self.forwarder.close(connection, &call)
+        });
         if let Err(error) = closed {
             self.notes.refuse("forwarder's Close", &error.to_string());
         }
+        self.monitors.delete(id);
     }
 }
 

@@ -149,18 +149,20 @@ impl Inner {
         Ok(Answer(Empty::new(), Some(path)))
     }
 
-    /// The descriptor of an endpoint's socket, held or waited for, and proof
-    /// that its server answers on it.
+    /// The descriptor of an endpoint's socket: held, or waited for and proved to
+    /// lead to a server that answers.
     fn socket_file(
         &self,
         call: &Incoming,
         endpoint: &NetworkServiceEndpoint,
     ) -> Result<Arc<OwnedFd>, RpcError> {
         let held = self.state.lock().sockets.get(&endpoint.name).cloned();
-        let file = match held {
-            Some(socket) if socket.url == endpoint.url => socket.file,
-            _ => self.wait_file(call, &endpoint.url)?,
-        };
+        if let Some(socket) = held
+            && socket.url == endpoint.url
+        {
+            return Ok(socket.file);
+        }
+        let file = self.wait_file(call, &endpoint.url)?;
         self.probe(&file).map_err(|reason| {
             let what = format!("socket of endpoint {}", endpoint.name);
             self.notes.refuse(&what, &reason);

@@ -147,7 +147,7 @@ where
         let (call, ticket) = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
-                inner.notes.refuse(what, &error.to_string());
+                note_arrival(&inner, what, &error);
                 let failed = sink.fail(to_status(&error));
                 context.spawn(async move {
                     let _ = failed.await;
@@ -219,7 +219,7 @@ where
             match opened {
                 Ok(outbox) => outbox.serve(&context, sink),
                 Err(error) => {
-                    inner.notes.refuse(what, &error.to_string());
+                    note_arrival(&inner, what, &error);
                     let outbox = Outbox::default();
                     outbox.end(to_status(&error));
                     outbox.serve(&context, sink);
@@ -227,6 +227,13 @@ where
             }
         },
     )
+}
+
+/// A connection that ended under its call is nobody's fault.
+fn note_arrival(inner: &Inner, what: &str, error: &RpcError) {
+    if !error.is_unavailable() {
+        inner.notes.refuse(what, &error.to_string());
+    }
 }
 
 fn incoming(

@@ -25,7 +25,8 @@ use crate::forwarder::{mechanism, netns_url};
 use crate::path::earliest_expiry;
 use crate::policy::Hop;
 
-/// A try of Meridio's TAPA.
+/// A try of Meridio's TAPA; less where tokens live so short that nsmgr, which
+/// ends a connection that much before its token, would end it at once.
 const REQUEST_LIMIT: Duration = Duration::from_secs(15);
 
 /// What a target wants.
@@ -102,14 +103,14 @@ impl Inner {
             .dial(&self.options.socket)
             .map_err(|e| e.to_string())?;
         let connection = session
-            .request(&asked, &[&request.netns], REQUEST_LIMIT)
+            .request(&asked, &[&request.netns], self.request_limit())
             .map_err(|error| format!("Request of target {}: {error}", request.id))?;
         let down = Arc::new(AtomicBool::new(false));
         let watch = self
             .watch_target(&session, &request, &down)
             .inspect_err(|_| {
                 // Nobody would ever close it.
-                let _ = session.close(&connection, REQUEST_LIMIT);
+                let _ = session.close(&connection, self.request_limit());
             })?;
         self.refresh_target(&request.id, &connection);
         *slot = Some(Target {
@@ -130,8 +131,12 @@ impl Inner {
             return Ok(());
         };
         let session = target.client.dial(&self.options.socket);
-        let closed = session.and_then(|s| s.close(&target.connection, REQUEST_LIMIT));
+        let closed = session.and_then(|s| s.close(&target.connection, self.request_limit()));
         closed.map_err(|error| format!("Close of target {id}: {error}"))
+    }
+
+    fn request_limit(&self) -> Duration {
+        REQUEST_LIMIT.min(self.options.token_lifetime / 3)
     }
 
     fn target_client(&self, name: &str) -> NsmClient {

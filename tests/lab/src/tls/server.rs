@@ -180,7 +180,9 @@ fn accept_all(listener: &UnixListener, shared: &Arc<Shared>) {
     while let Ok((stream, _)) = listener.accept() {
         let shared = Arc::clone(shared);
         let thread = Threads::unsupervised().spawn("lab-tls", STACK_SMALL, move |_| {
-            if let Err(reason) = serve(stream, &shared) {
+            if let Err(reason) = serve(stream, &shared)
+                && !is_departure(&reason)
+            {
                 shared.notes.refuse("handshake", &reason);
             }
         });
@@ -188,6 +190,12 @@ fn accept_all(listener: &UnixListener, shared: &Arc<Shared>) {
             thread.abandon();
         }
     }
+}
+
+/// A client that went away, killed or cut, was not refused.
+fn is_departure(reason: &str) -> bool {
+    let texts = ["unexpected eof", "Connection reset", "Broken pipe", "EOF"];
+    texts.iter().any(|text| reason.contains(text))
 }
 
 fn serve(stream: UnixStream, shared: &Shared) -> Result<(), String> {
@@ -198,6 +206,11 @@ fn serve(stream: UnixStream, shared: &Shared) -> Result<(), String> {
     let socket = FdSocket::new(stream, queue.clone(), Arc::clone(&files)).map_err(io)?;
     let deadline = clock::now() + HANDSHAKE_LIMIT;
     let (tls, identity) = session::handshake(socket, Role::Server, Alpn::H2, &own, deadline)?;
+    if files.count() > 0 {
+        let who = identity.id.as_str();
+        let reason = "sent descriptors before the handshake had verified us";
+        shared.notes.violation(who, reason);
+    }
     let (local, for_grpc) = UnixStream::pair().map_err(io)?;
     local.set_nonblocking(true).map_err(io)?;
     for_grpc.set_nonblocking(true).map_err(io)?;
