@@ -197,3 +197,18 @@ fn without_peers_the_daemon_is_up_and_stops_within_its_budget() {
     assert_eq!(stages(&lines).len(), STAGES.len(), "{lines:?}");
     assert!(took < Duration::from_secs(25), "{took:?}");
 }
+
+#[test]
+fn without_the_capability_the_log_says_which_one_is_missing() {
+    let directory = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let socket = directory.join(format!("agent-caps-{}.sock", std::process::id()));
+    let pki = Pki::new("example.org");
+    let agent = Agent::start(&socket, &pki, &pki.id("proxy"), Duration::from_secs(3600));
+    let without = "exec setpriv --bounding-set -net_admin \"$0\"";
+    let mut proxy = Proxy::start_with(&agent.address(), without);
+    let line = proxy.line("Proxy shutting down");
+    assert_eq!(line["severity"], "critical");
+    let error = line["extra_data"]["error"].as_str().unwrap();
+    assert!(error.contains("CAP_NET_ADMIN"), "{error}");
+    assert_eq!(proxy.end().1.code(), Some(1));
+}
