@@ -338,7 +338,7 @@ impl World {
     pub fn fact(&self) -> Event {
         match self.facts.recv_deadline(soon()).unwrap() {
             NetMsg::Fact(event) => event,
-            NetMsg::Quiesce(_) => panic!("not from the endpoint"),
+            other => panic!("not from the endpoint: {other:?}"),
         }
     }
 }
