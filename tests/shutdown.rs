@@ -22,6 +22,15 @@ use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
+/// The threads that gRPC's C core adds, as it names them.
+const C_CORE: [&str; 5] = [
+    "default-executo",
+    "resolver-execut",
+    "grpc_global_tim",
+    "event_engine",
+    "timer_manager",
+];
+
 struct Proxy {
     child: Child,
     lines: Receiver<Value>,
@@ -85,6 +94,28 @@ impl Proxy {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill").args(["-s", name, &pid]).status();
         assert!(sent.unwrap().success(), "kill -s {name}");
+    }
+
+    /// Each thread that Linux knows of is in ARCHITECTURE.md, or gRPC's own.
+    fn threads_are_in_the_table(&self) {
+        let table = std::fs::read_to_string("ARCHITECTURE.md").unwrap();
+        let rows: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+            .collect();
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        for task in tasks {
+            // A thread may end while the directory is read.
+            let Ok(name) = std::fs::read_to_string(task.unwrap().path().join("comm")) else {
+                continue;
+            };
+            let name = name.trim();
+            let known = rows.iter().any(|row| match row.strip_suffix('*') {
+                Some(prefix) => name.starts_with(prefix),
+                None => name == *row,
+            });
+            assert!(known || name == "proxy" || C_CORE.contains(&name), "{name}");
+        }
     }
 
     /// All lines until standard output ends, and the exit status.
@@ -189,6 +220,7 @@ fn without_peers_the_daemon_is_up_and_stops_within_its_budget() {
     let health = proxy.line("Health changed");
     assert_eq!(health["extra_data"]["service"], "NSMEndpoint");
     assert_eq!(health["extra_data"]["status"], "SERVING");
+    proxy.threads_are_in_the_table();
     let begun = clock::now();
     proxy.signal("TERM");
     let (lines, status) = proxy.end();
