@@ -193,7 +193,7 @@ impl Bench {
     fn facts(&self) -> Vec<String> {
         let fact = |message| match message {
             NetMsg::Fact(event) => event.to_string(),
-            NetMsg::Quiesce(_) => "quiesce".to_owned(),
+            other => format!("{other:?}"),
         };
         self.net.try_iter().map(fact).collect()
     }
