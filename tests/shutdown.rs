@@ -13,11 +13,23 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
+use meridio_lab::agent::Agent;
+use meridio_lab::pki::Pki;
 use meridio_proxy::daemon::shutdown::STAGES;
+use meridio_proxy::sync::clock;
 use meridio_proxy::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// The threads that gRPC's C core adds, as it names them.
+const C_CORE: [&str; 5] = [
+    "default-executo",
+    "resolver-execut",
+    "grpc_global_tim",
+    "event_engine",
+    "timer_manager",
+];
 
 struct Proxy {
     child: Child,
@@ -29,6 +41,10 @@ struct Proxy {
 impl Proxy {
     /// Starts the binary after `prepare`, a shell command.
     fn start(prepare: &str) -> Self {
+        Self::start_with("unix:///nowhere/agent.sock", prepare)
+    }
+
+    fn start_with(agent: &str, prepare: &str) -> Self {
         let script = format!("mount -t tmpfs none /tmp && {prepare} && exec \"$0\"");
         let mut child = Command::new("unshare")
             .args([
@@ -41,7 +57,7 @@ impl Proxy {
             ])
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere/agent.sock")
+            .env("SPIFFE_ENDPOINT_SOCKET", agent)
             .env("NSM_LOG_LEVEL", "INFO")
             .env("NSM_TYPO", "x")
             .stdout(Stdio::piped())
@@ -80,6 +96,28 @@ impl Proxy {
         assert!(sent.unwrap().success(), "kill -s {name}");
     }
 
+    /// Each thread that Linux knows of is in ARCHITECTURE.md, or gRPC's own.
+    fn threads_are_in_the_table(&self) {
+        let table = std::fs::read_to_string("ARCHITECTURE.md").unwrap();
+        let rows: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+            .collect();
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        for task in tasks {
+            // A thread may end while the directory is read.
+            let Ok(name) = std::fs::read_to_string(task.unwrap().path().join("comm")) else {
+                continue;
+            };
+            let name = name.trim();
+            let known = rows.iter().any(|row| match row.strip_suffix('*') {
+                Some(prefix) => name.starts_with(prefix),
+                None => name == *row,
+            });
+            assert!(known || name == "proxy" || C_CORE.contains(&name), "{name}");
+        }
+    }
+
     /// All lines until standard output ends, and the exit status.
     fn end(&mut self) -> (Vec<Value>, ExitStatus) {
         let mut rest = Vec::new();
@@ -97,6 +135,15 @@ impl Drop for Proxy {
     }
 }
 
+/// The stages of the stop that were done in time.
+fn stages(lines: &[Value]) -> Vec<&str> {
+    lines
+        .iter()
+        .filter(|line| line["message"] == "Stage of the stop done")
+        .filter_map(|line| line["extra_data"]["stage"].as_str())
+        .collect()
+}
+
 #[test]
 fn each_signal_stops_in_the_order_of_the_stages() {
     for signal in ["TERM", "INT", "HUP", "QUIT"] {
@@ -105,11 +152,7 @@ fn each_signal_stops_in_the_order_of_the_stages() {
         proxy.signal(signal);
         let (lines, status) = proxy.end();
         assert_eq!(status.code(), Some(0), "{signal}: {lines:?}");
-        let stages: Vec<&str> = lines
-            .iter()
-            .filter(|line| line["message"] == "Stage of the stop done")
-            .filter_map(|line| line["extra_data"]["stage"].as_str())
-            .collect();
+        let stages = stages(&lines);
         let expected: Vec<String> = STAGES.iter().map(|stage| stage.stage.to_string()).collect();
         assert_eq!(stages, expected, "{signal}");
         assert_eq!(lines.last().unwrap()["message"], "Proxy shutting done");
@@ -160,5 +203,44 @@ fn a_failed_start_is_status_1_with_a_critical_line() {
         error.starts_with("starting the health server: ") && error.ends_with("is no socket"),
         "{error}"
     );
+    assert_eq!(proxy.end().1.code(), Some(1));
+}
+
+/// With an identity but without any peer, everything is started: what has to
+/// wait does so in its own thread. Only SPIRE, the kernel and the endpoint are
+/// there, and the endpoint answers the daemon's own probe over mTLS.
+#[test]
+fn without_peers_the_daemon_is_up_and_stops_within_its_budget() {
+    let directory = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let socket = directory.join(format!("agent-{}.sock", std::process::id()));
+    let pki = Pki::new("example.org");
+    let agent = Agent::start(&socket, &pki, &pki.id("proxy"), Duration::from_secs(3600));
+    let mut proxy = Proxy::start_with(&agent.address(), "ip link set lo up");
+    proxy.line("Proxy started");
+    let health = proxy.line("Health changed");
+    assert_eq!(health["extra_data"]["service"], "NSMEndpoint");
+    assert_eq!(health["extra_data"]["status"], "SERVING");
+    proxy.threads_are_in_the_table();
+    let begun = clock::now();
+    proxy.signal("TERM");
+    let (lines, status) = proxy.end();
+    let took = clock::now() - begun;
+    assert_eq!(status.code(), Some(0), "{lines:?}");
+    assert_eq!(stages(&lines).len(), STAGES.len(), "{lines:?}");
+    assert!(took < Duration::from_secs(25), "{took:?}");
+}
+
+#[test]
+fn without_the_capability_the_log_says_which_one_is_missing() {
+    let directory = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let socket = directory.join(format!("agent-caps-{}.sock", std::process::id()));
+    let pki = Pki::new("example.org");
+    let agent = Agent::start(&socket, &pki, &pki.id("proxy"), Duration::from_secs(3600));
+    let without = "exec setpriv --bounding-set -net_admin \"$0\"";
+    let mut proxy = Proxy::start_with(&agent.address(), without);
+    let line = proxy.line("Proxy shutting down");
+    assert_eq!(line["severity"], "critical");
+    let error = line["extra_data"]["error"].as_str().unwrap();
+    assert!(error.contains("CAP_NET_ADMIN"), "{error}");
     assert_eq!(proxy.end().1.code(), Some(1));
 }

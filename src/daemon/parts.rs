@@ -21,7 +21,7 @@ use crate::health::server::HealthServer;
 use crate::ipam::{Ipam, IpamHandle, IpamOptions};
 use crate::kernel::{Kernel, KernelOptions, NetHandle};
 use crate::nsm::caller::NsmCaller;
-use crate::nsm::{LbMesh, LbOptions};
+use crate::nsm::{ConnectionLog, LbMesh, LbOptions};
 use crate::nsp;
 use crate::rpc::env::Rpc;
 use crate::spiffe::SvidCell;
@@ -45,6 +45,7 @@ pub(super) struct Parts {
     kernel: Option<Kernel>,
     ipam: Option<Ipam>,
     vip_watch: Option<ThreadHandle>,
+    connection_log: Option<ThreadHandle>,
     lb_mesh: Option<LbMesh>,
     endpoint: Option<Endpoint>,
     probe: Option<ThreadHandle>,
@@ -68,6 +69,7 @@ impl Parts {
             kernel: None,
             ipam: None,
             vip_watch: None,
+            connection_log: None,
             lb_mesh: None,
             endpoint: None,
             probe: None,
@@ -112,6 +114,10 @@ impl Parts {
                 .map_err(failed("the VIP watch"))?,
         );
         let caller = NsmCaller::new(nsmgr, config.max_token_lifetime);
+        self.connection_log = Some(
+            ConnectionLog::start(threads, caller.clone(), config.name.clone())
+                .map_err(failed("the connection log"))?,
+        );
         self.start_mesh(config, threads, caller.clone(), leases.clone(), net.clone())?;
         self.start_endpoint(config, threads, caller, leases, net)?;
         self.start_probe(config, threads, ipam, nsp)
@@ -267,7 +273,12 @@ impl Parts {
         match stage {
             Stage::Quiet => {
                 self.health.stopping();
-                join([self.vip_watch.take(), self.probe.take()], deadline)
+                let watchers = [
+                    self.vip_watch.take(),
+                    self.probe.take(),
+                    self.connection_log.take(),
+                ];
+                join(watchers, deadline)
             }
             Stage::Unregister => self
                 .endpoint
@@ -285,15 +296,10 @@ impl Parts {
         for connector in self.connectors.drain(..) {
             connector.close(deadline);
         }
-        let mut late = join([self.svid_watch.take()], deadline);
-        late.extend(stopped(self.health_server.take(), |server| {
-            if server.stop(deadline) {
-                Vec::new()
-            } else {
-                vec!["health server".to_owned()]
-            }
-        }));
-        late
+        if let Some(server) = self.health_server.take() {
+            server.stop();
+        }
+        join([self.svid_watch.take()], deadline)
     }
 }
 

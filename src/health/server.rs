@@ -10,10 +10,8 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::task::{Context, Poll};
-use std::time::Instant;
+use std::task::Poll;
 
-use crossbeam_channel::bounded;
 use futures_util::Sink;
 use futures_util::future::poll_fn;
 use grpcio::{
@@ -27,6 +25,8 @@ use crate::proto::health::health_check_response::ServingStatus;
 use crate::proto::health::{HealthCheckRequest, HealthCheckResponse};
 use crate::rpc::env::Rpc;
 use crate::rpc::method::{HEALTH_CHECK, HEALTH_WATCH};
+use crate::rpc::server::shut_down;
+use crate::sync::clock;
 
 /// Watch streams that one server keeps; more are refused with
 /// RESOURCE_EXHAUSTED.
@@ -106,39 +106,11 @@ impl HealthServer {
         })
     }
 
-    /// Ends the server and its calls, and removes the socket. True unless
-    /// gRPC was not done by `deadline`.
-    #[must_use]
-    pub fn stop(mut self, deadline: Instant) -> bool {
-        let (tx, done) = bounded::<()>(1);
-        let ended = self.server.shutdown();
-        self.server.cancel_all_calls();
-        // The future completes on gRPC's poll thread; a thread of ours only
-        // needs to hear of it.
-        let waker = std::task::Waker::from(std::sync::Arc::new(Notify(tx)));
-        let mut ended = Box::pin(ended);
-        let finished = loop {
-            match ended.as_mut().poll(&mut Context::from_waker(&waker)) {
-                Poll::Ready(_) => break true,
-                Poll::Pending if done.recv_deadline(deadline).is_ok() => {}
-                Poll::Pending => break false,
-            }
-        };
+    /// Ends the server and its calls, and removes the socket.
+    pub fn stop(self) {
+        // A watch ends with the server only: there is nothing to wait for.
+        shut_down(self.server, clock::now());
         let _ = fs::remove_file(&self.path);
-        if !finished {
-            // The C core aborts when a server is destroyed before its calls.
-            std::mem::forget(self.server);
-        }
-        finished
-    }
-}
-
-struct Notify(crossbeam_channel::Sender<()>);
-
-impl std::task::Wake for Notify {
-    fn wake(self: std::sync::Arc<Self>) {
-        // A full channel already holds the token.
-        let _ = self.0.try_send(());
     }
 }
 

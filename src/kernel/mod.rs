@@ -101,6 +101,16 @@ pub struct KernelOptions {
     pub bridge_mac: [u8; 6],
 }
 
+/// Reads the kernel's state on a socket of the caller's own, for threads that
+/// need to know it once; it changes nothing, which is for `net` alone.
+///
+/// # Errors
+///
+/// When no socket can be had, or the kernel does not answer.
+pub fn observe() -> Result<Observed, KernelError> {
+    Netlink::new(RequestSocket::open()?).snapshot()
+}
+
 /// The two threads of the kernel side. Dropping it stops both.
 pub struct Kernel {
     sender: Sender<NetMsg>,

@@ -4,9 +4,7 @@ use log::warn;
 
 use crate::core::ids::IfName;
 use crate::core::observed::Observed;
-use crate::kernel::Rtnl;
-use crate::kernel::netlink::Netlink;
-use crate::kernel::netlink::socket::RequestSocket;
+use crate::kernel;
 
 /// Bytes that the kernel keeps of an alias (IFALIASZ less the NUL).
 const ALIAS_MAX: usize = 255;
@@ -16,8 +14,7 @@ const ALIAS_MAX: usize = 255;
 /// a session and before anything is changed: `net` answers nobody. What cannot
 /// be read counts as no.
 pub(super) fn is_in_place(ifname: &IfName, id: &str) -> bool {
-    let observed = RequestSocket::open().and_then(|socket| Netlink::new(socket).snapshot());
-    match observed {
+    match kernel::observe() {
         Ok(observed) => fits(&observed, ifname, id),
         Err(error) => {
             warn!("cannot look at {ifname}, so its connection is rebuilt: {error}");
