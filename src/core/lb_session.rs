@@ -18,6 +18,7 @@ mod refresh;
 mod tests;
 #[cfg(test)]
 mod walk;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 

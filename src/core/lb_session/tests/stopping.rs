@@ -1,0 +1,99 @@
+//! What is closed when the session is told to stop, in each of its states.
+
+use super::*;
+
+/// Stops the run and plays it to its end; what was closed.
+fn ending(mut run: Run, looked: &Looked<u32>) -> (Vec<Event>, Vec<u32>) {
+    let (mut events, mut closed) = (Vec::new(), Vec::new());
+    run.session.stop();
+    for _ in 0..10 {
+        match run.next() {
+            SessionAction::Report(event) => events.push(event),
+            SessionAction::Close(connection) => {
+                closed.push(connection);
+                run.session.closed(run.now);
+            }
+            SessionAction::Look => run.looked(looked.clone()),
+            SessionAction::Done => return (events, closed),
+            other => panic!("{other:?} while stopping"),
+        }
+    }
+    panic!("does not end");
+}
+
+#[test]
+fn stopping_in_each_state_closes_what_is_connected_once() {
+    let release = || vec![Event::PortReleased { key: key() }];
+    let found = || Looked::Found {
+        connection: 4,
+        intact: false,
+    };
+
+    let run = Run::new();
+    assert_eq!(
+        ending(run, &found()),
+        (vec![], vec![]),
+        "nothing was asked yet"
+    );
+
+    let mut run = Run::new();
+    run.looked(Looked::Absent);
+    assert_eq!(
+        ending(run, &found()),
+        (vec![], vec![]),
+        "nothing was requested"
+    );
+
+    let mut run = Run::new();
+    run.looked(found());
+    assert_eq!(ending(run, &found()), (vec![], vec![4]), "a predecessor's");
+
+    let run = Run::connected(SECOND * 600);
+    assert_eq!(ending(run, &found()), (release(), vec![1]), "connected");
+
+    let mut run = Run::connected(SECOND * 600);
+    run.pass();
+    run.answered(Err(Failure::Unclear));
+    assert_eq!(ending(run, &found()), (release(), vec![1]), "in a refresh");
+
+    let mut run = Run::connected(SECOND * 600);
+    run.monitored(Monitored::Down);
+    run.expect(peer_down());
+    run.answered(Err(Failure::Unclear));
+    assert_eq!(ending(run, &found()), (release(), vec![1]), "healing");
+
+    let mut run = Run::new();
+    run.looked(Looked::Absent);
+    run.answered(Err(Failure::Unusable(Some(Box::new(3)))));
+    assert_eq!(ending(run, &found()), (vec![], vec![3]), "discarding");
+}
+
+#[test]
+fn stopping_in_a_first_request_looks_for_what_it_left() {
+    for (looked, closed) in [
+        (
+            Looked::Found {
+                connection: 4,
+                intact: false,
+            },
+            vec![4],
+        ),
+        (Looked::Absent, vec![]),
+        (Looked::Unreachable, vec![]),
+    ] {
+        let mut run = Run::new();
+        run.looked(Looked::Absent);
+        run.answered(Err(Failure::Unclear));
+        assert_eq!(ending(run, &looked), (vec![], closed.clone()));
+
+        // Still unclear when nsmgr could not be asked meanwhile.
+        let mut run = Run::new();
+        run.looked(Looked::Absent);
+        run.answered(Err(Failure::Unclear));
+        for _ in 0..LOOKS {
+            run.looked(Looked::Unreachable);
+        }
+        run.expect(SessionAction::Request(Plan::First));
+        assert_eq!(ending(run, &looked), (vec![], closed));
+    }
+}
