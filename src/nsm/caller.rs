@@ -63,7 +63,7 @@ impl NsmCaller {
                 connection.attach(descriptor);
             }
             match call::unary(connection.channel(), method, request, &options, stop) {
-                Err(error) if error.is_unavailable() && !connection.is_usable() => {
+                Err(error) if is_loss(&error) && !connection.is_usable() => {
                     debug!("{}: {error}; again on the next connection", method.name);
                 }
                 result => return result,
@@ -119,6 +119,18 @@ impl NsmCaller {
             ..Options::default()
         })
     }
+}
+
+/// Whether this is what a call meets that its connection, or a peer that is
+/// stopping, has dropped.
+fn is_loss(error: &RpcError) -> bool {
+    matches!(
+        error,
+        RpcError::Status {
+            code: Code::UNAVAILABLE | Code::CANCELLED,
+            ..
+        }
+    )
 }
 
 /// The token's header.

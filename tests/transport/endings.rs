@@ -42,11 +42,45 @@ fn calls_go_on_after_the_server_restarts() {
                 .unary(&NS_REGISTER, &named("n"), &[], &Vec::new, soon(), &rig.stop)
                 .unwrap_or_else(|error| panic!("round {round}, call {call}: {error}"));
         }
-        // Half of them without time for the peers to notice.
+        // Half of them without time for running calls.
         if round % 2 == 0 {
             server.stop(soon());
         }
     }
+}
+
+#[test]
+fn parallel_calls_go_on_after_restarts_under_load() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let connector = rig.connect_unix(rig.client_cell(), &path);
+    let done = AtomicUsize::new(0);
+    let restarts = 12;
+    // Outlives the callers.
+    let mut server = rig.serve(rig.server_cell(), &path);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            let caller = NsmCaller::new(connector.clone(), HOUR);
+            let (rig, done) = (&rig, &done);
+            scope.spawn(move || {
+                while done.load(Ordering::Acquire) == 0 {
+                    caller
+                        .unary(&NS_REGISTER, &named("n"), &[], &Vec::new, soon(), &rig.stop)
+                        .unwrap();
+                }
+            });
+        }
+        for _ in 0..restarts {
+            rig.acquire(&connector);
+            let old = std::mem::replace(&mut server, {
+                // The socket's file is taken over, as by a successor.
+                rig.serve(rig.server_cell(), &path)
+            });
+            old.stop(clock::now());
+        }
+        rig.acquire(&connector);
+        done.store(1, Ordering::Release);
+    });
 }
 
 /// A server that takes calls and never answers.

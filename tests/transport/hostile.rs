@@ -298,35 +298,60 @@ fn servers_that_speak_no_http2_are_given_up() {
     }
 }
 
-/// grpc-go's minimum, with a good certificate; older ones are refused.
+/// A client of the `openssl` crate alone with a good certificate, at one
+/// version of TLS; `None` when the handshake fails.
+fn verified(rig: &Rig, path: &Path, version: SslVersion) -> Option<SslStream<UnixStream>> {
+    let (leaf, key) = parts(&rig.pki.issue(CLIENT_ID, HOUR));
+    let mut builder = SslContext::builder(SslMethod::tls()).unwrap();
+    builder.set_min_proto_version(Some(version)).unwrap();
+    builder.set_max_proto_version(Some(version)).unwrap();
+    builder.set_cipher_list("ALL:@SECLEVEL=0").unwrap();
+    builder.set_certificate(&leaf).unwrap();
+    builder.set_private_key(&key).unwrap();
+    builder.set_verify(SslVerifyMode::NONE);
+    builder.set_alpn_protos(b"\x02h2").unwrap();
+    let socket = UnixStream::connect(path).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let mut stream = SslStream::new(Ssl::new(&builder.build()).unwrap(), socket).unwrap();
+    stream.connect().is_ok().then_some(stream)
+}
+
+/// grpc-go's minimum; older ones are refused.
 #[test]
 fn tls_1_2_is_served_and_tls_1_1_refused() {
     let rig = Rig::new();
     let path = rig.path("s.sock");
     let _server = rig.serve(rig.server_cell(), &path);
-    for (version, served) in [(SslVersion::TLS1_2, true), (SslVersion::TLS1_1, false)] {
-        let (leaf, key) = parts(&rig.pki.issue(CLIENT_ID, HOUR));
-        let mut builder = SslContext::builder(SslMethod::tls()).unwrap();
-        builder.set_min_proto_version(Some(version)).unwrap();
-        builder.set_max_proto_version(Some(version)).unwrap();
-        builder.set_cipher_list("ALL:@SECLEVEL=0").unwrap();
-        builder.set_certificate(&leaf).unwrap();
-        builder.set_private_key(&key).unwrap();
-        builder.set_verify(SslVerifyMode::NONE);
-        builder.set_alpn_protos(b"\x02h2").unwrap();
-        let socket = UnixStream::connect(&path).unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
-        let mut stream = SslStream::new(Ssl::new(&builder.build()).unwrap(), socket).unwrap();
-        assert_eq!(stream.connect().is_ok(), served, "{version:?}");
-        if served {
-            stream
-                .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
-                .unwrap();
-            let mut frame = [0; 9];
-            stream.read_exact(&mut frame).unwrap();
-            assert_eq!(frame[3], 4, "the first frame is SETTINGS");
-        }
+    assert!(verified(&rig, &path, SslVersion::TLS1_1).is_none());
+    let mut stream = verified(&rig, &path, SslVersion::TLS1_2).unwrap();
+    stream
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .unwrap();
+    let mut frame = [0; 9];
+    stream.read_exact(&mut frame).unwrap();
+    assert_eq!(frame[3], 4, "the first frame is SETTINGS");
+}
+
+#[test]
+fn a_verified_peer_that_sends_nonsense_loses_only_its_own_connection() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let _server = rig.serve(rig.server_cell(), &path);
+    let connector = rig.connect_unix(rig.client_cell(), &path);
+    let connection = rig.acquire(&connector);
+    for nonsense in [
+        &[0; 100_000][..],
+        b"GET / HTTP/1.1\r\n\r\n",
+        // A frame of 16 MB that never comes whole.
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\x00\0\0\0\0\x01",
+    ] {
+        let mut stream = verified(&rig, &path, SslVersion::TLS1_3).unwrap();
+        // It may be closed before all is written.
+        let _ = stream.write_all(nonsense);
+        let mut all = Vec::new();
+        let _ = stream.read_to_end(&mut all);
+        rig.echo(&connection, "n", &[]).unwrap();
     }
 }

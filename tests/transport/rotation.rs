@@ -29,7 +29,10 @@ fn no_call_fails_while_both_identities_rotate() {
             }
         })
         .unwrap();
-    for call in 0..500 {
+    let mut call = 0;
+    // On a busy machine the calls may be quicker than the rotations.
+    while call < 500 || client_cell.get().unwrap().generation <= 10 {
+        call += 1;
         let name = format!("{call}");
         let reply = caller
             .unary(
@@ -44,7 +47,6 @@ fn no_call_fails_while_both_identities_rotate() {
         assert_eq!(reply.message.name, name);
     }
     drop(rotate);
-    assert!(client_cell.get().unwrap().generation > 10);
 }
 
 #[test]
