@@ -16,6 +16,8 @@ mod messages;
 mod refresh;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walk;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 

@@ -348,6 +348,10 @@ mod tests {
         assert_eq!(r.deletes(2, "a"), None);
         assert_eq!(r.deletes(2, "never-seen"), None);
         assert_eq!(r.mesh.names().count(), 1);
+        assert_eq!(r.deletes(3, "b"), disconnect("b", Gone::Deleted));
+        assert_eq!(r.mesh.names().count(), 0);
+        let now = r.at(4);
+        assert_eq!(r.mesh.ended(&EndpointName::new("b"), now), None);
     }
 
     #[test]

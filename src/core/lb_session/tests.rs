@@ -354,6 +354,7 @@ fn a_refresh_that_keeps_failing_becomes_a_reselect_when_the_path_is_dead() {
     run.pass();
     let mut refreshes = 0;
     loop {
+        assert!(run.now - begun < SECOND * 100, "no end of refreshes");
         match run.next() {
             SessionAction::Request(Plan::Refresh(1)) => {
                 refreshes += 1;
