@@ -80,8 +80,8 @@ impl Source {
         kept.join("\n")
     }
 
-    /// The files of the test modules that this file declares.
-    fn test_files(&self) -> Vec<String> {
+    /// The test modules that this file declares, as paths without `.rs`.
+    fn test_modules(&self) -> Vec<String> {
         let folder = self
             .path
             .strip_suffix("/mod.rs")
@@ -93,7 +93,7 @@ impl Source {
             .filter(|pair| pair[0] == "#[cfg(test)]")
             .filter_map(|pair| pair[1].trim_start_matches("pub ").strip_prefix("mod "))
             .filter_map(|module| module.strip_suffix(';'))
-            .map(|module| format!("{folder}/{module}.rs"))
+            .map(|module| format!("{folder}/{module}"))
             .collect()
     }
 
@@ -126,10 +126,19 @@ fn root() -> &'static Path {
 
 /// The files of the program below `folder` of `src`.
 fn program(folder: &str) -> Vec<Source> {
-    let tests: BTreeSet<String> = sources("src").iter().flat_map(Source::test_files).collect();
+    let tests: Vec<String> = sources("src")
+        .iter()
+        .flat_map(Source::test_modules)
+        .collect();
+    let is_test = |source: &Source| {
+        tests
+            .iter()
+            .filter_map(|module| source.path.strip_prefix(module.as_str()))
+            .any(|rest| rest == ".rs" || rest.starts_with('/'))
+    };
     sources(folder)
         .into_iter()
-        .filter(|source| !tests.contains(&source.path))
+        .filter(|source| !is_test(source))
         .collect()
 }
 
@@ -461,7 +470,7 @@ fn the_checks_see_what_they_shall() {
             .to_owned(),
     };
     assert_eq!(source.code(), "a\nb \ne");
-    assert_eq!(source.test_files(), ["src/a/sim.rs"]);
+    assert_eq!(source.test_modules(), ["src/a/sim"]);
     assert_eq!(pattern("lb:{}"), "lb:*");
     assert_eq!(pattern("a{n}b{m}"), "a*b*");
     assert_eq!(name_of("\n   \"net\"", ""), Some("net".to_owned()));
