@@ -287,14 +287,16 @@ impl Watch<'_> {
 
 fn describe(step: &Step, demand: Demand, took: Duration) -> String {
     let mut text = format!("{} of {} packets lost", step.lost, step.sent);
-    if step.lost_moved > 0 || step.lost_steady > 0 {
+    if step.lost > 0 {
         let _ = write!(
             text,
-            " ({} of flows that kept their way, {} of flows that moved; {} ms at worst)",
-            step.lost_steady,
-            step.lost_moved,
-            step.worst_run as u128 * INTERVAL.as_millis()
+            " ({} of flows that kept their way, {} of flows that moved)",
+            step.lost_steady, step.lost_moved
         );
+    }
+    if step.lost_steady > 0 {
+        let worst = step.worst_run as u128 * INTERVAL.as_millis();
+        let _ = write!(text, ", one for {worst} ms");
     }
     let moved = [
         (step.moved_there, "arrived over another LB"),
@@ -342,35 +344,59 @@ fn resident(pid: u32) -> String {
 
 /// What was there, with the packets that it passed.
 fn drawing(lab: &Topology) -> String {
-    let mut text = String::from(
-        "
-   client --- router ---+--- load balancers ---+--- [ pod: bridge0 ] ---+--- targets
-              (buckets) |    (buckets)         |    table 1: ECMP back  |    VIPs
-                        |                      |         |              |
-                        |                      |       eth0 (nothing of VIPs)
-                        |                      |         |              |
-                        |                      |   IPAM, NSP            |
-                        |                      |                        |
-",
+    let lbs: Vec<[String; 2]> = (lab.lbs.iter())
+        .map(|(name, lb)| {
+            let passed = lb.passed().unwrap_or_default();
+            let there = passed.forwarded_v4 + passed.forwarded_v6;
+            let back = passed.returned_v4 + passed.returned_v6;
+            [name.clone(), format!("> {there} < {back}")]
+        })
+        .collect();
+    let targets: Vec<[String; 2]> = (lab.targets.iter())
+        .map(|(name, target)| {
+            let own: Vec<String> = target.addresses().iter().map(ToString::to_string).collect();
+            let (datagrams, connections) = target.answered();
+            let answered = format!("{datagrams} UDP, {connections} TCP answered");
+            [format!("{name}  {}", own.join(" ")), answered]
+        })
+        .collect();
+    let pod = [
+        "pod: the daemon",
+        "bridge0, 172.16.0.1",
+        "         fd00::1",
+        "table 1: ECMP back",
+        "eth0: IPAM, NSP",
+        "and no VIP packet",
+    ];
+    let outside = ["client", "  |", "router", "(buckets)"];
+    let mut text = format!(
+        "\n  {:10}   {:18}   +{:-<22}+   targets\n",
+        "outside", "load balancers", ""
     );
-    for (name, lb) in &lab.lbs {
-        let passed = lb.passed().unwrap_or_default();
+    for row in 0..pod.len().max(2 * lbs.len()).max(2 * targets.len()) {
+        let cell = |list: &[[String; 2]]| {
+            let cell = list.get(row / 2).map(|cell| cell[row % 2].clone());
+            cell.unwrap_or_default()
+        };
+        // The line with a name is the one that the link is drawn on.
+        let link = |list: &[[String; 2]]| match row % 2 == 0 && row / 2 < list.len() {
+            true => "---",
+            false => "   ",
+        };
         let _ = writeln!(
             text,
-            "   {name}: {} packets to targets, {} back",
-            passed.forwarded_v4 + passed.forwarded_v6,
-            passed.returned_v4 + passed.returned_v6
+            "  {:10}{}{:18}{}| {:20} |{}{}",
+            outside.get(row).unwrap_or(&""),
+            link(&lbs),
+            cell(&lbs),
+            link(&lbs),
+            pod.get(row).unwrap_or(&""),
+            link(&targets),
+            cell(&targets),
         );
     }
-    for (name, target) in &lab.targets {
-        let (datagrams, connections) = target.answered();
-        let own: Vec<String> = target.addresses().iter().map(ToString::to_string).collect();
-        let _ = writeln!(
-            text,
-            "   {name} ({}): {datagrams} datagrams and {connections} connections answered",
-            own.join(", ")
-        );
-    }
+    let _ = writeln!(text, "  {:34}+{:-<22}+", "", "");
+    text.push_str("  > packets to targets, < packets back\n");
     text
 }
 
