@@ -8,7 +8,7 @@ use meridio_lab::link::host;
 use meridio_lab::topology::{LIMIT, TABLE, Topology, TopologyOptions};
 use meridio_proxy::core::family::IpFamilies;
 
-use super::{during, in_good_order, lab, steady};
+use super::{during, in_good_order, lab, lost, steady};
 
 #[test]
 fn the_kernel_has_what_the_peers_told() {
@@ -123,7 +123,7 @@ fn killed_and_started_again_it_loses_no_packet() {
         lab.wait_ready().unwrap();
         lab.wait_hops().unwrap();
     });
-    assert_eq!(step.lost, 0, "{step}");
+    assert_eq!(lost(&lab, &step), 0, "{step}");
     assert_eq!(lab.datapath.made(), made, "interfaces made anew");
     // What it adopted it also takes back; without traffic, since a VIP that is
     // none any more is an address like any other.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use meridio_lab::topology::LIMIT;
 
-use super::{during, in_good_order, lab, steady};
+use super::{during, in_good_order, lab, lost, steady};
 
 #[test]
 fn ipam_and_nsp_are_away_for_a_while() {
@@ -67,6 +67,6 @@ fn the_identity_is_renewed() {
         lab.add_target().unwrap();
         lab.add_vip(IpAddr::from([20, 0, 0, 2])).unwrap();
     });
-    assert_eq!(step.lost_steady, 0, "{step}");
+    assert_eq!(lost(&lab, &step), 0, "{step}");
     in_good_order(&lab);
 }

@@ -20,6 +20,9 @@ const FLOWS: usize = 1000;
 const STEADY: usize = 100;
 /// Intervals of steady traffic before and after a change.
 const REST: usize = 12;
+/// Packets of a step that may meet the gap in which the kernel has no IPv6
+/// route, while it replaces one hop by hop.
+const GAP_MAX: usize = 3;
 const INTERVAL: Duration = Duration::from_millis(25);
 
 /// What the demonstration found.
@@ -50,7 +53,8 @@ impl Verdict {
 /// Who answers for packets that were lost in a step.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Demand {
-    /// No packet at all may be lost.
+    /// No packet at all may be lost, but in the gap of the kernel's IPv6
+    /// multipath replace.
     Nothing,
     /// None of flows that kept their way; flows that were given another load
     /// balancer or target are counted apart.
@@ -138,31 +142,35 @@ fn many_flows(lab: &mut Topology, verdict: &mut Verdict) -> Result<(), String> {
 /// Load balancers, VIPs and targets come and go under steady traffic.
 fn changes(lab: &mut Topology, traffic: &Flows, verdict: &mut Verdict) -> Result<(), String> {
     heading("Changes under steady traffic: flows that keep their way lose nothing");
-    let mut watch = Watch { traffic, verdict };
-    watch.step("nothing changes", Demand::Nothing, || Ok(()))?;
-    watch.step("a third load balancer joins", Demand::Steady, || {
+    let mut watch = Watch {
+        lab,
+        traffic,
+        verdict,
+    };
+    watch.step("nothing changes", Demand::Nothing, |_| Ok(()))?;
+    watch.step("a third load balancer joins", Demand::Steady, |lab| {
         lab.add_lb().map(drop)
     })?;
-    watch.step("a load balancer leaves", Demand::Steady, || {
+    watch.step("a load balancer leaves", Demand::Steady, |lab| {
         lab.remove_lb("lb-1")
     })?;
     let vip = IpAddr::from([20, 0, 0, 2]);
-    watch.step("a VIP is added", Demand::Nothing, || lab.add_vip(vip))?;
+    watch.step("a VIP is added", Demand::Nothing, |lab| lab.add_vip(vip))?;
     let added = destination(vip);
     (traffic.add(added, STEADY)).map_err(|error| error.to_string())?;
-    watch.step("it carries traffic", Demand::Nothing, || Ok(()))?;
+    watch.step("it carries traffic", Demand::Nothing, |_| Ok(()))?;
     traffic.end_flows(added);
-    watch.step("the VIP is removed", Demand::Nothing, || {
+    watch.step("the VIP is removed", Demand::Nothing, |lab| {
         lab.remove_vip(vip)
     })?;
     let target = "target-2";
-    watch.step("a target leaves", Demand::Steady, || {
+    watch.step("a target leaves", Demand::Nothing, |lab| {
         lab.unregister(target)?;
         // What is on its way is still answered.
         rest(traffic)?;
         lab.stop_target(target)
     })?;
-    watch.step("the target comes back", Demand::Steady, || {
+    watch.step("the target comes back", Demand::Nothing, |lab| {
         lab.start_target(target)
     })
 }
@@ -170,22 +178,26 @@ fn changes(lab: &mut Topology, traffic: &Flows, verdict: &mut Verdict) -> Result
 /// The daemon is killed and started again.
 fn restart(lab: &mut Topology, traffic: &Flows, verdict: &mut Verdict) -> Result<(), String> {
     heading("The daemon is killed (SIGKILL) and started again");
-    let mut watch = Watch { traffic, verdict };
-    let made = lab.datapath.made();
-    watch.step("killed, peers do not react", Demand::Nothing, || {
+    let mut watch = Watch {
+        lab,
+        traffic,
+        verdict,
+    };
+    let made = watch.lab.datapath.made();
+    watch.step("killed, peers do not react", Demand::Nothing, |lab| {
         lab.kill_daemon()?;
         rest(traffic)
     })?;
     watch.step(
         "started again, adopts what is there",
         Demand::Nothing,
-        || {
+        |lab| {
             lab.start_daemon()?;
             lab.wait_ready()?;
             rest(traffic)
         },
     )?;
-    let rebuilt = lab.datapath.made() - made;
+    let rebuilt = watch.lab.datapath.made() - made;
     watch.verdict.check(
         rebuilt == 0,
         format!("no interface was made anew by the restart ({rebuilt} were)"),
@@ -195,7 +207,7 @@ fn restart(lab: &mut Topology, traffic: &Flows, verdict: &mut Verdict) -> Result
     watch.step(
         "targets heal, by rebuilding their interfaces",
         Demand::Report,
-        || {
+        |lab| {
             for name in lab.targets.keys().cloned().collect::<Vec<_>>() {
                 lab.targets[&name].connect()?;
                 lab.unregister(&name)?;
@@ -204,7 +216,7 @@ fn restart(lab: &mut Topology, traffic: &Flows, verdict: &mut Verdict) -> Result
             Ok(())
         },
     )?;
-    watch.step("afterwards", Demand::Nothing, || Ok(()))
+    watch.step("afterwards", Demand::Nothing, |_| Ok(()))
 }
 
 fn end(lab: &mut Topology, verdict: &mut Verdict) -> Result<(), String> {
@@ -234,6 +246,7 @@ fn end(lab: &mut Topology, verdict: &mut Verdict) -> Result<(), String> {
 
 /// Runs changes under traffic and judges them.
 struct Watch<'a> {
+    lab: &'a mut Topology,
     traffic: &'a Flows,
     verdict: &'a mut Verdict,
 }
@@ -243,24 +256,30 @@ impl Watch<'_> {
         &mut self,
         what: &str,
         demand: Demand,
-        change: impl FnOnce() -> Result<(), String>,
+        change: impl FnOnce(&mut Topology) -> Result<(), String>,
     ) -> Result<(), String> {
+        let before = self.lab.without_ipv6_route()?;
         let begun = clock::now();
         let mark = self.traffic.mark();
         rest(self.traffic)?;
-        change().map_err(|error| format!("{what}: {error}"))?;
+        change(self.lab).map_err(|error| format!("{what}: {error}"))?;
         let changed = begun.elapsed();
         rest(self.traffic)?;
         // Otherwise the lost packets of one step would be the next one's, too.
         let recovered = (self.traffic).all_answered_since(self.traffic.mark(), LIMIT);
         let step = self.traffic.step(mark);
+        let gap = self.lab.without_ipv6_route()? - before;
+        let excused = usize::try_from(gap).unwrap_or_default().min(GAP_MAX);
         let held = recovered
             && match demand {
-                Demand::Nothing => step.lost == 0,
-                Demand::Steady => step.lost_steady == 0,
+                Demand::Nothing => step.lost <= excused,
+                Demand::Steady => step.lost_steady <= excused,
                 Demand::Report => true,
             };
-        let text = describe(&step, demand, changed);
+        let mut text = describe(&step, demand, changed);
+        if gap > 0 {
+            let _ = write!(text, " [{gap} met the gap of an IPv6 multipath replace]");
+        }
         self.verdict.check(held, format!("{what}: {text}"));
         Ok(())
     }
@@ -268,14 +287,16 @@ impl Watch<'_> {
 
 fn describe(step: &Step, demand: Demand, took: Duration) -> String {
     let mut text = format!("{} of {} packets lost", step.lost, step.sent);
-    if step.lost_moved > 0 || step.lost_steady > 0 {
+    if step.lost > 0 {
         let _ = write!(
             text,
-            " ({} of flows that kept their way, {} of flows that moved; {} ms at worst)",
-            step.lost_steady,
-            step.lost_moved,
-            step.worst_run as u128 * INTERVAL.as_millis()
+            " ({} of flows that kept their way, {} of flows that moved)",
+            step.lost_steady, step.lost_moved
         );
+    }
+    if step.lost_steady > 0 {
+        let worst = step.worst_run as u128 * INTERVAL.as_millis();
+        let _ = write!(text, ", one for {worst} ms");
     }
     let moved = [
         (step.moved_there, "arrived over another LB"),
@@ -323,35 +344,59 @@ fn resident(pid: u32) -> String {
 
 /// What was there, with the packets that it passed.
 fn drawing(lab: &Topology) -> String {
-    let mut text = String::from(
-        "
-   client --- router ---+--- load balancers ---+--- [ pod: bridge0 ] ---+--- targets
-              (buckets) |    (buckets)         |    table 1: ECMP back  |    VIPs
-                        |                      |         |              |
-                        |                      |       eth0 (nothing of VIPs)
-                        |                      |         |              |
-                        |                      |   IPAM, NSP            |
-                        |                      |                        |
-",
+    let lbs: Vec<[String; 2]> = (lab.lbs.iter())
+        .map(|(name, lb)| {
+            let passed = lb.passed().unwrap_or_default();
+            let there = passed.forwarded_v4 + passed.forwarded_v6;
+            let back = passed.returned_v4 + passed.returned_v6;
+            [name.clone(), format!("> {there} < {back}")]
+        })
+        .collect();
+    let targets: Vec<[String; 2]> = (lab.targets.iter())
+        .map(|(name, target)| {
+            let own: Vec<String> = target.addresses().iter().map(ToString::to_string).collect();
+            let (datagrams, connections) = target.answered();
+            let answered = format!("{datagrams} UDP, {connections} TCP answered");
+            [format!("{name}  {}", own.join(" ")), answered]
+        })
+        .collect();
+    let pod = [
+        "pod: the daemon",
+        "bridge0, 172.16.0.1",
+        "         fd00::1",
+        "table 1: ECMP back",
+        "eth0: IPAM, NSP",
+        "and no VIP packet",
+    ];
+    let outside = ["client", "  |", "router", "(buckets)"];
+    let mut text = format!(
+        "\n  {:10}   {:18}   +{:-<22}+   targets\n",
+        "outside", "load balancers", ""
     );
-    for (name, lb) in &lab.lbs {
-        let passed = lb.passed().unwrap_or_default();
+    for row in 0..pod.len().max(2 * lbs.len()).max(2 * targets.len()) {
+        let cell = |list: &[[String; 2]]| {
+            let cell = list.get(row / 2).map(|cell| cell[row % 2].clone());
+            cell.unwrap_or_default()
+        };
+        // The line with a name is the one that the link is drawn on.
+        let link = |list: &[[String; 2]]| match row % 2 == 0 && row / 2 < list.len() {
+            true => "---",
+            false => "   ",
+        };
         let _ = writeln!(
             text,
-            "   {name}: {} packets to targets, {} back",
-            passed.forwarded_v4 + passed.forwarded_v6,
-            passed.returned_v4 + passed.returned_v6
+            "  {:10}{}{:18}{}| {:20} |{}{}",
+            outside.get(row).unwrap_or(&""),
+            link(&lbs),
+            cell(&lbs),
+            link(&lbs),
+            pod.get(row).unwrap_or(&""),
+            link(&targets),
+            cell(&targets),
         );
     }
-    for (name, target) in &lab.targets {
-        let (datagrams, connections) = target.answered();
-        let own: Vec<String> = target.addresses().iter().map(ToString::to_string).collect();
-        let _ = writeln!(
-            text,
-            "   {name} ({}): {datagrams} datagrams and {connections} connections answered",
-            own.join(", ")
-        );
-    }
+    let _ = writeln!(text, "  {:34}+{:-<22}+", "", "");
+    text.push_str("  > packets to targets, < packets back\n");
     text
 }
 

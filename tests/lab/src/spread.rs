@@ -37,6 +37,8 @@ pub struct Spread {
     rtnl: Rtnl,
     seed: u32,
     slots: BTreeMap<String, Slot>,
+    /// Those that left last: packets on their way still carry their marks.
+    retired: Vec<Slot>,
     stamp: Option<u8>,
 }
 
@@ -97,6 +99,7 @@ impl Spread {
             rtnl: Rtnl::open(netns)?,
             seed,
             slots: BTreeMap::new(),
+            retired: Vec::new(),
             stamp,
         };
         nft::apply(netns, &spread.buckets())?;
@@ -115,9 +118,12 @@ impl Spread {
         self.slots.keys().cloned().collect()
     }
 
-    /// Replaces the members: routes first, then the buckets at once, then the
-    /// routes of those that left.
+    /// Replaces the members: routes first, then the buckets at once. The routes
+    /// of those that left stay until the next change.
     pub fn set(&mut self, members: &[Member]) -> io::Result<()> {
+        for slot in std::mem::take(&mut self.retired) {
+            self.unroute(&slot)?;
+        }
         let before = self.members();
         for member in members {
             self.route(member)?;
@@ -126,20 +132,21 @@ impl Spread {
             .filter(|name| !members.iter().any(|member| &member.name == *name))
             .cloned()
             .collect();
-        let gone: Vec<Slot> = (leaving.iter())
-            .filter_map(|name| self.slots.remove(name))
-            .collect();
+        let gone = leaving.iter().filter_map(|name| self.slots.remove(name));
+        self.retired = gone.collect();
         if self.members() != before {
             nft::apply(&self.netns, &self.buckets())?;
         }
-        for slot in gone {
-            for like in FAMILIES {
-                self.rtnl.delete_rule(&slot.rule(), like)?;
-                self.rtnl.delete_route(&slot.fallback(like))?;
-            }
-            for hop in slot.hops {
-                self.rtnl.delete_route(&slot_route(slot.mark, hop))?;
-            }
+        Ok(())
+    }
+
+    fn unroute(&self, slot: &Slot) -> io::Result<()> {
+        for like in FAMILIES {
+            self.rtnl.delete_rule(&slot.rule(), like)?;
+            self.rtnl.delete_route(&slot.fallback(like))?;
+        }
+        for hop in &slot.hops {
+            self.rtnl.delete_route(&slot_route(slot.mark, *hop))?;
         }
         Ok(())
     }
@@ -157,7 +164,8 @@ impl Spread {
     }
 
     fn route(&mut self, member: &Member) -> io::Result<()> {
-        let used: BTreeSet<u32> = self.slots.values().map(|slot| slot.mark).collect();
+        let slots = self.slots.values().chain(&self.retired);
+        let used: BTreeSet<u32> = slots.map(|slot| slot.mark).collect();
         let free = (FIRST_MARK..).find(|mark| !used.contains(mark));
         let slot = self.slots.entry(member.name.clone()).or_insert(Slot {
             mark: free.unwrap_or(FIRST_MARK),

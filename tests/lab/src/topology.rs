@@ -60,6 +60,8 @@ pub struct Topology {
     options: TopologyOptions,
     vips: Vec<IpAddr>,
     registered: Targets,
+    /// The load balancer that left last.
+    left: Option<Lb>,
     next_lb: u8,
     next_target: usize,
     dir: WorkDir,
@@ -140,6 +142,7 @@ impl Topology {
             options,
             vips,
             registered: Targets::new(),
+            left: None,
             next_lb: 1,
             next_target: 1,
             dir,
@@ -259,14 +262,25 @@ impl Topology {
     }
 
     /// Removes a load balancer in good order: the router first, then the
-    /// registry; its namespace stays until the daemon has let it go.
+    /// registry; it stays until the daemon has closed the connection.
     pub fn remove_lb(&mut self, name: &str) -> Result<(), String> {
         self.spread(|lb| lb != name)?;
-        self.nsmgr.remove_endpoint(name);
+        self.nsmgr.unregister_endpoint(name);
         let gone = self.lbs.remove(name);
         self.wait_hops()?;
-        drop(gone);
-        self.router.detach(name).map_err(text)
+        let end = format!("-{name}");
+        self.wait("end of the connection", || {
+            let links = self.rtnl.links()?;
+            let port = |alias: &str| alias.starts_with("server-") && alias.ends_with(&end);
+            Ok(!links.iter().any(|link| port(&link.alias)))
+        })?;
+        self.nsmgr.remove_endpoint(name);
+        // What it has in its queues still goes out; it ends with the next one
+        // that leaves, or with the lab.
+        let left = std::mem::replace(&mut self.left, gone);
+        let name = left.as_ref().map(|lb| lb.name().to_owned());
+        name.map_or(Ok(()), |name| self.router.detach(&name))
+            .map_err(text)
     }
 
     /// Adds and connects a target; its addresses become known to the load
@@ -336,6 +350,17 @@ impl Topology {
             target.set_vips(&self.vips)?;
         }
         Ok(())
+    }
+
+    /// Packets for which the pod's kernel had no IPv6 route: an IPv6 multipath
+    /// route is replaced hop by hop, and a packet that comes in between may
+    /// find none (net/ipv6/route.c, `ip6_route_multipath_add`).
+    pub fn without_ipv6_route(&self) -> Result<u64, String> {
+        let read = || std::fs::read_to_string("/proc/thread-self/net/snmp6");
+        let table = self.pod.try_run(read).map_err(text)?;
+        let line = table.lines().find_map(|l| l.strip_prefix("Ip6InNoRoutes"));
+        (line.and_then(|number| number.trim().parse().ok()))
+            .ok_or_else(|| "no Ip6InNoRoutes in snmp6".to_owned())
     }
 
     /// Starts steady traffic: so many flows to each VIP, all answered once.

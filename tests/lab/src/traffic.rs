@@ -100,6 +100,9 @@ pub struct Step {
     pub moved_target: usize,
     /// The most packets in a row that one steady flow lost.
     pub worst_run: usize,
+    /// Where the first of the lost packets went to, and after how many
+    /// intervals of the window.
+    pub first_lost: Vec<(SocketAddr, usize)>,
     /// The last error that sending or receiving met.
     pub error: Option<String>,
 }
@@ -388,6 +391,11 @@ impl Flow {
             target |= way.target != old.target;
         }
         let lost = window.iter().filter(|way| way.is_none()).count();
+        if step.first_lost.len() < 8 {
+            let holes = window.iter().enumerate().filter(|(_, way)| way.is_none());
+            step.first_lost
+                .extend(holes.take(2).map(|(n, _)| (self.to, n)));
+        }
         step.flows += 1;
         step.sent += window.len();
         step.lost += lost;
