@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::info;
 
@@ -33,6 +33,9 @@ use crate::transport::client::{Address, Connector, ConnectorOptions};
 const HEALTH_SOCKET: &str = "/tmp/health.sock";
 /// The one writable directory of the container.
 const SOCKET_DIRECTORY: &str = "/tmp";
+/// Longest pause between attempts to connect to nsmgr. It is on this node, and
+/// until it is back and told again, no target of this node finds the endpoint.
+const NSMGR_BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// All parts; `None` is not started, or stopped.
 pub(super) struct Parts {
@@ -105,6 +108,10 @@ impl Parts {
         let ipam = self.connect(threads, connect("ipam", ipam_service.into(), ipam_at))?;
         let nsp = self.connect(threads, connect("nsp", nsp_service.into(), nsp_at))?;
         let nsmgr = connect("nsmgr", config.connect_to.clone(), config.nsmgr_authority());
+        let nsmgr = ConnectorOptions {
+            backoff_max: nsmgr.backoff_max.min(NSMGR_BACKOFF_MAX),
+            ..nsmgr
+        };
         let nsmgr = self.connect(threads, nsmgr)?;
 
         let net = self.start_kernel(config, threads)?;
