@@ -5,15 +5,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Instant;
 
 use ipnetwork::IpNetwork;
 
+use super::adoption::Adoption;
 use super::desired::{Desired, HopRefusal, PortIntent, RouteIntent, Warning};
 use super::event::Event;
 use super::family::{Family, IpFamilies, PerFamily};
 use super::ids::{IfIndex, IfName, PortKey};
-use super::observed::Observed;
-use super::op::{BRIDGE, KernelOp};
+use super::observed::{Observed, RouteKind};
+use super::op::{BRIDGE, KernelOp, route_metric};
 
 /// Most next hops of a route: what a netlink attribute's 16-bit length holds
 /// many times over, and more LBs than a trench has.
@@ -43,9 +45,11 @@ pub struct Dataplane {
     /// Peers that a known connection has got since, whose neighbour entries may
     /// be of who had the address before.
     stale: BTreeSet<IpAddr>,
-    /// Families whose next hops are known to us; the route of another is left
-    /// as a predecessor left it.
+    /// Families in which an LB that we had a connection to is gone: what the
+    /// route shall be is no longer a predecessor's business alone.
     told: PerFamily<bool>,
+    /// What a predecessor's next hops are to us.
+    adopted: PerFamily<Adoption>,
     vips: Option<BTreeSet<IpNetwork>>,
 }
 
@@ -62,6 +66,7 @@ impl Dataplane {
             not_attached: BTreeSet::new(),
             stale: BTreeSet::new(),
             told: PerFamily::default(),
+            adopted: PerFamily::default(),
             vips: None,
         }
     }
@@ -104,6 +109,11 @@ impl Dataplane {
             down: false,
         };
         self.released.remove(&port.ifname);
+        if matches!(key, PortKey::Lb(_)) {
+            for peer in &port.peers {
+                self.adopted.get_mut((*peer).into()).told(*peer);
+            }
+        }
         let old = self.ports.insert(key, port.clone());
         // Peers of a new port are forgotten when it is attached; one that is
         // attached already was a predecessor's, and so are its neighbours.
@@ -131,8 +141,7 @@ impl Dataplane {
         }
     }
 
-    /// An LB that we had a connection to is gone: what its families' routes
-    /// shall be is no longer a predecessor's business.
+    /// An LB that we had a connection to is gone.
     fn hops_are_known(&mut self, key: &PortKey, peers: &BTreeSet<IpAddr>) {
         if matches!(key, PortKey::Lb(_)) {
             for peer in peers {
@@ -173,11 +182,20 @@ impl Dataplane {
             .filter(|(key, port)| matches!(key, PortKey::Lb(_)) && !port.down)
     }
 
+    /// When another state may be wanted without any new fact.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        Family::ALL
+            .into_iter()
+            .filter_map(|family| self.adopted.get(family).deadline())
+            .min()
+    }
+
     /// The kernel state that follows from all facts, given what was observed.
-    pub fn desired(&mut self, observed: &Observed) -> Desired {
+    pub fn desired(&mut self, observed: &Observed, now: Instant) -> Desired {
         let mut warnings = BTreeSet::new();
         let ports = self.port_intents(observed, &mut warnings);
-        let routes = self.route_intents(observed, &mut warnings);
+        let routes = self.route_intents(observed, &mut warnings, now);
         let vips = self.rule_sources(observed, &mut warnings);
         if observed.occupant().is_some_and(|link| !link.is_bridge) {
             warnings.insert(Warning::BridgeIsNone);
@@ -246,6 +264,7 @@ impl Dataplane {
         &mut self,
         observed: &Observed,
         warnings: &mut BTreeSet<Warning>,
+        now: Instant,
     ) -> PerFamily<RouteIntent> {
         let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
         let bridge = observed.bridge().map(|link| link.index);
@@ -273,6 +292,12 @@ impl Dataplane {
         }
         PerFamily::from_fn(|family| {
             let mut hops = std::mem::take(hops.get_mut(family));
+            let there = self.predecessors_hops(observed, family);
+            let adopted = self.adopted.get_mut(family);
+            if *self.told.get(family) || !hops.is_empty() {
+                adopted.begin(&there, now);
+            }
+            hops.extend(adopted.hops(&there, now));
             if hops.len() > MAX_HOPS {
                 warnings.insert(Warning::TooManyHops {
                     family,
@@ -281,14 +306,36 @@ impl Dataplane {
                 });
                 hops = hops.into_iter().take(MAX_HOPS).collect();
             }
-            let told = self.told.get_mut(family);
-            *told |= !hops.is_empty();
-            match (*told, hops.is_empty()) {
-                (false, _) => RouteIntent::LeaveAlone,
-                (true, true) => RouteIntent::Absent,
-                (true, false) => RouteIntent::Via(hops),
+            match (self.adopted.get(family).is_whole(), hops.is_empty()) {
+                (true, _) => RouteIntent::LeaveAlone,
+                (false, true) => RouteIntent::Absent,
+                (false, false) => RouteIntent::Via(hops),
             }
         })
+    }
+
+    /// The hops of the observed route that may be LBs of which we were not
+    /// told yet: alive as far as is known, and behind a port that nobody has
+    /// told.
+    fn predecessors_hops(&self, observed: &Observed, family: Family) -> BTreeSet<IpAddr> {
+        let bridge = observed.bridge().map(|link| link.index);
+        let told: BTreeSet<&IfName> = self.ports.values().map(|port| &port.ifname).collect();
+        let somewhere = observed.links().any(|link| {
+            link.master.is_some()
+                && link.master == bridge
+                && link.up
+                && link.carrier
+                && !told.contains(&link.name)
+        });
+        match observed.routes.get(family).get(&route_metric(family)) {
+            Some(RouteKind::Via(hops)) if somewhere => hops
+                .iter()
+                .map(|(address, _)| *address)
+                .filter(|address| !observed.silent.contains(address))
+                .filter(|address| self.hop(*address, observed) == Ok(true))
+                .collect(),
+            _ => BTreeSet::new(),
+        }
     }
 
     /// Whether the address can be a next hop; false while the bridge's own is

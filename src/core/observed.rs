@@ -83,6 +83,9 @@ pub struct Observed {
     pub addresses: BTreeSet<(IfIndex, IpNetwork)>,
     /// The default routes of our table, by metric.
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
+    /// Neighbours on the bridge that do not answer, as of the last dump: no
+    /// event tells of them.
+    pub silent: BTreeSet<IpAddr>,
     /// Rules, in the order in which packets meet them; duplicates are counted.
     pub rules: BTreeMap<Rule, u32>,
 }

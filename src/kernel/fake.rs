@@ -2,7 +2,7 @@
 //! takes things away that nobody asked for.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
@@ -34,6 +34,8 @@ pub struct State {
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
     /// The rules.
     pub rules: BTreeMap<Rule, u32>,
+    /// Neighbours that do not answer.
+    pub silent: BTreeSet<IpAddr>,
     /// All operations done, in order.
     pub done: Vec<KernelOp>,
     /// All that were refused, fulfilled ones not counted.
@@ -68,6 +70,7 @@ impl Rtnl for Fake {
             observed.addresses = state.addresses.iter().copied().collect();
             observed.routes = state.routes.clone();
             observed.rules = state.rules.clone();
+            observed.silent = state.silent.clone();
             Ok(observed)
         })
     }

@@ -334,15 +334,44 @@ fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
     let expected = ["20000 20.0.0.2 77".to_owned(), kept, kept6.clone()];
     until_rules(&expected.each_ref().map(String::as_str));
 
-    // The same members in another order: nothing moves.
+    // One after the other they are told again, and nothing moves, not even to
+    // a sorted order.
+    let routes = (table("-4"), table("-6"));
     daemon.lb("b", "nsm-b", 8);
-    until_hops(&[8]);
     daemon.lb("a", "nsm-a", 7);
-    until_hops(&[7, 8]);
+    daemon.vips(&["20.0.0.1/32"]);
+    until_rules(&[&expected[1]]);
+    assert_eq!((table("-4"), table("-6")), routes);
+    assert_eq!(hops(), (vec![8, 7], vec![8, 7]));
     // A port that nobody told us of is left alone.
     assert!(is_port("nsm-x"));
     daemon.stop();
     assert!(is_port("nsm-x"));
+}
+
+#[test]
+fn a_predecessor_s_hop_that_does_not_answer_goes_first_and_one_untold_later() {
+    enter_netns();
+    ip("link add bridge0 up type bridge");
+    ip("address add 172.16.0.1/24 dev bridge0");
+    ip("address add fd00::1/64 dev bridge0 nodad");
+    for link in ["nsm-a", "nsm-b"] {
+        veth(link);
+        ip(&format!("link set {link} master bridge0"));
+    }
+    for (subnet, family) in [("172.16.0.", "-4"), ("fd00::", "-6")] {
+        let via = [7, 8, 9].map(|n| format!("nexthop via {subnet}{n}"));
+        ip(&format!(
+            "{family} route add default table 1 {}",
+            via.join(" ")
+        ));
+        ip(&format!("neigh replace {subnet}8 dev bridge0 nud failed"));
+    }
+    let daemon = Daemon::with_addresses();
+    daemon.lb("a", "nsm-a", 7);
+    until_hops(&[7, 9]);
+    until_hops(&[7]);
+    daemon.stop();
 }
 
 #[test]

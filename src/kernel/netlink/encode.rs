@@ -45,6 +45,8 @@ pub enum Dump {
     Routes(Family),
     /// All rules of a family.
     Rules(Family),
+    /// All neighbours of a family.
+    Neighbours(Family),
 }
 
 /// The message for `op`, without a wish for an acknowledgement: a refusal is
@@ -132,6 +134,11 @@ pub fn dump(what: Dump, sequence: u32) -> Vec<u8> {
             let mut message = RuleMessage::default();
             message.header.family = address_family(family);
             RouteNetlinkMessage::GetRule(message)
+        }
+        Dump::Neighbours(family) => {
+            let mut message = NeighbourMessage::default();
+            message.header.family = address_family(family);
+            RouteNetlinkMessage::GetNeighbour(message)
         }
     };
     serialise(message, NLM_F_REQUEST | NLM_F_DUMP, sequence)
