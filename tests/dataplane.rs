@@ -167,7 +167,7 @@ impl Machine {
                 self.observed.apply(&op);
                 self.dataplane.succeeded(&op);
                 if matches!(op, KernelOp::CreateBridge { .. }) {
-                    self.observed.insert_link(link("100", BRIDGE, &[]));
+                    self.observed.insert_link(link("100", BRIDGE, &["down"]));
                 }
             }
         }

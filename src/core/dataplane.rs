@@ -4,7 +4,7 @@
 //! addresses are looked up in.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::Instant;
 
 use ipnetwork::IpNetwork;
@@ -206,6 +206,10 @@ impl Dataplane {
             addresses: PerFamily::from_fn(|family| {
                 self.prefixes.get(family).filter(|_| families.has(family))
             }),
+            link_local: families
+                .has(Family::V6)
+                .then(|| link_local(self.bridge_mac))
+                .flatten(),
             forget: self.neighbours_to_forget(observed),
             ports,
             routes,
@@ -412,6 +416,14 @@ impl Dataplane {
             .filter(|peer| self.stale.contains(peer))
             .collect()
     }
+}
+
+/// RFC 4291 appendix A: the link-local address of a hardware address.
+fn link_local(mac: [u8; 6]) -> Option<IpNetwork> {
+    let [a, b, c, d, e, f] = mac;
+    let host = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    let bits = u128::from(u64::from_be_bytes(host)) | 0xfe80 << 112;
+    IpNetwork::new(Ipv6Addr::from(bits).into(), 64).ok()
 }
 
 /// The bridge itself and the loopback cannot be ports, whoever says so.

@@ -200,7 +200,7 @@ impl Observed {
             }
             KernelOp::Attach { port, bridge } => self.set_master(port, Some(*bridge)),
             KernelOp::Detach { port } => self.set_master(port, None),
-            KernelOp::ForgetNeighbour { .. } => {}
+            KernelOp::NoOwnLinkLocal { .. } | KernelOp::ForgetNeighbour { .. } => {}
             KernelOp::Unreachable { family } => {
                 self.routes
                     .get_mut(*family)

@@ -57,6 +57,9 @@ pub fn diff(observed: &Observed, desired: &Desired) -> Vec<KernelOp> {
 fn bridge(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) -> Option<IfIndex> {
     match (observed.bridge(), observed.occupant()) {
         (Some(link), _) => {
+            if missing_link_local(observed, desired, link.index).is_some() {
+                ops.push(KernelOp::NoOwnLinkLocal { bridge: link.index });
+            }
             if !link.up {
                 ops.push(KernelOp::BridgeUp { bridge: link.index });
             }
@@ -72,7 +75,25 @@ fn bridge(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) -> Op
     }
 }
 
+/// The kernel's own link-local address is tentative for a second or two once
+/// the bridge has a port, and until then no neighbour is asked for (net/ipv6/
+/// ndisc.c, `ndisc_send_ns`): what is forwarded to it is lost. So a bridge
+/// without one gets it from us, as all its addresses without detection.
+fn missing_link_local(
+    observed: &Observed,
+    desired: &Desired,
+    bridge: IfIndex,
+) -> Option<IpNetwork> {
+    let mut there = observed.addresses_of(bridge, Family::V6);
+    desired
+        .link_local
+        .filter(|_| !there.any(|address| is_link_local(address.ip())))
+}
+
 fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &mut Vec<KernelOp>) {
+    if let Some(address) = missing_link_local(observed, desired, bridge) {
+        ops.push(KernelOp::AddAddress { bridge, address });
+    }
     for address in desired.addresses.values().copied() {
         if observed.addresses.contains(&(bridge, address)) {
             continue;
@@ -93,7 +114,7 @@ fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &
 }
 
 /// Removes what the bridge has besides the wanted address of a family whose
-/// address was told; the kernel's own link-local ones stay.
+/// address was told; link-local ones stay, whoever gave them.
 fn remove_addresses(
     observed: &Observed,
     desired: &Desired,

@@ -87,7 +87,9 @@ impl Rtnl for Fake {
 /// length changes.
 fn place(op: &KernelOp) -> Option<(u32, i64)> {
     Some(match op {
-        KernelOp::CreateBridge { .. } | KernelOp::BridgeUp { .. } => (0, 0),
+        KernelOp::CreateBridge { .. }
+        | KernelOp::BridgeUp { .. }
+        | KernelOp::NoOwnLinkLocal { .. } => (0, 0),
         KernelOp::AddAddress { .. } => (1, 0),
         KernelOp::Attach { .. } => (2, 0),
         KernelOp::ForgetNeighbour { .. } => (3, 0),
@@ -129,9 +131,13 @@ impl State {
                     return Err(libc::EEXIST);
                 }
                 self.add_link(BRIDGE);
+                let _ = self.change_link(BRIDGE, |link| link.up = false);
             }
             KernelOp::BridgeUp { bridge } => {
                 self.links.get_mut(bridge).ok_or(libc::ENODEV)?.up = true;
+            }
+            KernelOp::NoOwnLinkLocal { bridge } => {
+                self.links.get(bridge).ok_or(libc::ENODEV)?;
             }
             KernelOp::AddAddress { bridge, address } => self.add_address(*bridge, *address)?,
             KernelOp::RemoveAddress { bridge, address } => {

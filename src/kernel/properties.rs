@@ -2,7 +2,7 @@
 //! changes, lost events and restarts.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
@@ -44,6 +44,8 @@ const VIPS: [&str; 8] = [
     "fd00::/8",
     "0.0.0.0/0",
 ];
+/// Of the bridge's hardware address.
+const LINK_LOCAL: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0xff, 0xfe00, 1));
 const PREFIXES: [(&str, &str); 4] = [
     ("172.16.0.1/24", "fd00::1/64"),
     ("172.16.0.1/24", "fd00::1/64"),
@@ -225,12 +227,10 @@ impl Run {
                 .values()
                 .map(|link| (link.index, link.master))
                 .collect();
-            (
-                routes,
-                masters,
-                state.rules.clone(),
-                state.addresses.clone(),
-            )
+            // A bridge gets a link-local address that has none.
+            let mut addresses = state.addresses.clone();
+            addresses.retain(|(_, address)| !address.contains(LINK_LOCAL));
+            (routes, masters, state.rules.clone(), addresses)
         };
         let before = self.kernel.with(|state| traffic(state));
         let had_bridge = self.kernel.with(|state| state.named(BRIDGE).is_some());
@@ -327,6 +327,8 @@ impl Told {
     fn check(&self, state: &State) {
         let bridge = state.named(BRIDGE).unwrap();
         assert!(bridge.up);
+        let link_local = IpNetwork::new(LINK_LOCAL, 64).unwrap();
+        assert!(state.addresses.contains(&(bridge.index, link_local)));
         for prefix in self.prefixes.values() {
             assert!(state.addresses.contains(&(bridge.index, *prefix)));
         }

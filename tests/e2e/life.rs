@@ -26,7 +26,7 @@ fn the_kernel_has_what_the_peers_told() {
     assert!(
         !addresses
             .iter()
-            .any(|address| address.global && address.tentative)
+            .any(|address| address.index == bridge.index && address.tentative)
     );
 
     let links = lab.rtnl.links().unwrap();
