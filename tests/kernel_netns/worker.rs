@@ -1,10 +1,8 @@
 //! The threads `net` and `link-monitor`: facts in, kernel state out.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +20,9 @@ use crate::harness::{
     MAC, addresses, bridge_addresses, enter_netns, eventually, ip, is_port, json, name, rules,
     table, veth,
 };
+
+mod adoption;
+mod link_local;
 
 const FALLBACK4: &str = "unreachable default proto 77 metric 4294967295";
 const FALLBACK6: &str = "unreachable default dev lo proto 77 metric 4294967295 pref medium";
@@ -193,79 +194,6 @@ fn facts_become_kernel_state_and_stay_after_the_end() {
     assert!(is_port("nsm-a"));
 }
 
-/// While it were tentative, the kernel would ask for no IPv6 neighbour.
-#[test]
-fn the_link_local_address_is_never_tentative() {
-    enter_netns();
-    // Every change of an address, from before the bridge exists.
-    let monitor = Command::new("ip")
-        .args(["-o", "monitor", "address"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    eventually("watching", || {
-        let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
-        let pid = monitor.id().to_string();
-        let there = sockets
-            .lines()
-            .any(|line| line.split_whitespace().nth(2) == Some(&pid));
-        there.then_some(()).ok_or(sockets)
-    });
-    let daemon = Daemon::with_addresses();
-    daemon.lb("a", "nsm-a", 7);
-    veth("nsm-a");
-    until_hops(&[7]);
-    let text = ip("-d link show dev bridge0");
-    assert!(text.contains("addrgenmode none"), "{text}");
-    let local = || {
-        let text = ip("-6 -o address show dev bridge0 scope link");
-        (text.contains("fe80::11:22ff:fe33:4455/64") && text.lines().count() == 1)
-            .then_some(())
-            .ok_or(text)
-    };
-    local().unwrap();
-    // The kernel takes it with the link; it comes back from us.
-    ip("link set bridge0 down");
-    eventually("its return", local);
-    until_hops(&[7]);
-    // The last event that is waited for.
-    ip("address add 192.0.2.1/32 dev lo");
-    let mut seen = Vec::new();
-    for line in BufReader::new(monitor.stdout.unwrap()).lines() {
-        let line = line.unwrap();
-        if line.contains("192.0.2.1") {
-            break;
-        }
-        seen.push(line);
-    }
-    let of_bridge: Vec<&String> = (seen.iter())
-        .filter(|line| line.contains("bridge0") && line.contains("inet6"))
-        .collect();
-    assert!(of_bridge.len() > 3, "{seen:?}");
-    assert!(
-        !of_bridge.iter().any(|line| line.contains("tentative")),
-        "{of_bridge:?}"
-    );
-    daemon.stop();
-}
-
-#[test]
-fn an_adopted_link_local_address_stays_alone() {
-    enter_netns();
-    ip("link add bridge0 type bridge");
-    ip("link set bridge0 addrgenmode none");
-    ip("link set bridge0 up");
-    ip("address add fe80::5/64 dev bridge0 nodad");
-    let daemon = Daemon::with_addresses();
-    until_addresses(&["172.16.0.1/24", "fd00::1/64"]);
-    let text = ip("-6 -o address show dev bridge0 scope link");
-    assert!(
-        text.contains("fe80::5/64") && text.lines().count() == 1,
-        "{text}"
-    );
-    daemon.stop();
-}
-
 #[test]
 fn an_interface_may_come_later_go_and_come_again() {
     enter_netns();
@@ -353,99 +281,6 @@ fn what_others_break_is_mended() {
     ip("link set bridge0 down");
     ip("link set bridge0 up");
     whole();
-    daemon.stop();
-}
-
-#[test]
-fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
-    enter_netns();
-    // As Meridio's proxy leaves it: no priority, protocol or interface.
-    ip("link add bridge0 up address 02:aa:aa:aa:aa:aa type bridge");
-    ip("address add 172.16.0.1/24 dev bridge0");
-    ip("address add fd00::1/64 dev bridge0 nodad");
-    for link in ["nsm-a", "nsm-b", "nsm-x"] {
-        veth(link);
-        ip(&format!("link set {link} master bridge0"));
-    }
-    ip("route add default table 1 nexthop via 172.16.0.8 nexthop via 172.16.0.7");
-    ip("-6 route add default table 1 nexthop via fd00::8 nexthop via fd00::7");
-    for rule in [
-        "-4 rule add from 20.0.0.1",
-        "-4 rule add from 20.0.0.1",
-        "-4 rule add from 20.0.0.9",
-        // Host bits, which the kernel keeps, and a VIP of length 0.
-        "-4 rule add from 40.0.0.7/24",
-        "-4 rule add from all",
-        "-6 rule add from all",
-        "-6 rule add from fd20::/64",
-    ] {
-        ip(&format!("{rule} lookup 1 protocol 0"));
-    }
-    let before = (rules("-4"), rules("-6"));
-    let kept = before
-        .0
-        .iter()
-        .find(|rule| rule.contains("20.0.0.1 "))
-        .unwrap()
-        .clone();
-
-    let daemon = Daemon::with_addresses();
-    // The last thing done at the start.
-    eventually("fallback", || {
-        let seen = (table("-4"), table("-6"));
-        (seen.0.ends_with(FALLBACK4) && seen.1.ends_with(FALLBACK6))
-            .then_some(())
-            .ok_or(seen)
-    });
-    assert_eq!(
-        json("link show dev bridge0")[0]["address"],
-        "02:aa:aa:aa:aa:aa"
-    );
-    assert_eq!(hops(), (vec![8, 7], vec![8, 7]));
-    assert_eq!((rules("-4"), rules("-6")), before);
-
-    daemon.vips(&["20.0.0.1/32", "20.0.0.2/32", "fd20::/64"]);
-    let kept6 = before.1.iter().find(|rule| rule.contains("fd20")).unwrap();
-    let expected = ["20000 20.0.0.2 77".to_owned(), kept, kept6.clone()];
-    until_rules(&expected.each_ref().map(String::as_str));
-
-    // One after the other they are told again, and nothing moves, not even to
-    // a sorted order.
-    let routes = (table("-4"), table("-6"));
-    daemon.lb("b", "nsm-b", 8);
-    daemon.lb("a", "nsm-a", 7);
-    daemon.vips(&["20.0.0.1/32"]);
-    until_rules(&[&expected[1]]);
-    assert_eq!((table("-4"), table("-6")), routes);
-    assert_eq!(hops(), (vec![8, 7], vec![8, 7]));
-    // A port that nobody told us of is left alone.
-    assert!(is_port("nsm-x"));
-    daemon.stop();
-    assert!(is_port("nsm-x"));
-}
-
-#[test]
-fn a_predecessor_s_hop_that_does_not_answer_goes_first_and_one_untold_later() {
-    enter_netns();
-    ip("link add bridge0 up type bridge");
-    ip("address add 172.16.0.1/24 dev bridge0");
-    ip("address add fd00::1/64 dev bridge0 nodad");
-    for link in ["nsm-a", "nsm-b"] {
-        veth(link);
-        ip(&format!("link set {link} master bridge0"));
-    }
-    for (subnet, family) in [("172.16.0.", "-4"), ("fd00::", "-6")] {
-        let via = [7, 8, 9].map(|n| format!("nexthop via {subnet}{n}"));
-        ip(&format!(
-            "{family} route add default table 1 {}",
-            via.join(" ")
-        ));
-        ip(&format!("neigh replace {subnet}8 dev bridge0 nud failed"));
-    }
-    let daemon = Daemon::with_addresses();
-    daemon.lb("a", "nsm-a", 7);
-    until_hops(&[7, 9]);
-    until_hops(&[7]);
     daemon.stop();
 }
 
