@@ -173,13 +173,13 @@ impl Dataplane {
     /// How many LBs are connected: told to be up, and neither down nor closed.
     #[must_use]
     pub fn connected_lbs(&self) -> usize {
-        self.lbs().count()
+        self.lbs().filter(|(_, port)| !port.down).count()
     }
 
     fn lbs(&self) -> impl Iterator<Item = (&PortKey, &Port)> {
         self.ports
             .iter()
-            .filter(|(key, port)| matches!(key, PortKey::Lb(_)) && !port.down)
+            .filter(|(key, _)| matches!(key, PortKey::Lb(_)))
     }
 
     /// When another state may be wanted without any new fact.
@@ -271,6 +271,7 @@ impl Dataplane {
         now: Instant,
     ) -> PerFamily<RouteIntent> {
         let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
+        let mut down = hops.clone();
         let bridge = observed.bridge().map(|link| link.index);
         for (key, port) in self.lbs() {
             let refused = self.not_attached.contains(&port.ifname);
@@ -278,10 +279,11 @@ impl Dataplane {
                 && observed.named(&port.ifname).is_some_and(|link| {
                     link.up && link.carrier && (!refused || link.master == bridge)
                 });
+            let into = if port.down { &mut down } else { &mut hops };
             for address in &port.peers {
                 match self.hop(*address, observed) {
                     Ok(true) if carries => {
-                        hops.get_mut((*address).into()).insert(*address);
+                        into.get_mut((*address).into()).insert(*address);
                     }
                     Ok(_) => {}
                     Err(why) => {
@@ -301,7 +303,15 @@ impl Dataplane {
             if *self.told.get(family) || !hops.is_empty() {
                 adopted.begin(&there, now);
             }
-            hops.extend(adopted.hops(&there, now));
+            let untold = adopted.hops(&there, now);
+            if hops.is_empty() {
+                // Where every LB is said to be down, what says so may be wrong,
+                // and no packet is better off without them. Those that nobody
+                // told of may be up; what is in the route beside them stays.
+                hops = std::mem::take(down.get_mut(family));
+                hops.retain(|hop| untold.is_empty() || there.contains(hop));
+            }
+            hops.extend(untold);
             if hops.len() > MAX_HOPS {
                 warnings.insert(Warning::TooManyHops {
                     family,

@@ -388,22 +388,27 @@ impl Told {
             .chain(self.prefixes.values().map(IpNetwork::ip))
             .chain(self.prefixes.v4.iter().map(IpNetwork::broadcast))
             .collect();
-        self.ports
-            .iter()
-            .filter(|(n, (name, _, down))| {
-                **n < 4
-                    && *name < 4
-                    && !down
-                    && state.named(NAMES[*name]).is_some_and(|link| link.carrier)
-            })
-            .flat_map(|(_, (_, peers, _))| peers)
-            .filter(|peer| {
-                Family::from(**peer) == family
-                    && self.prefixes.get(family).is_some()
-                    && !bad.contains(peer)
-            })
-            .copied()
-            .collect()
+        // Where all are down, they count as up.
+        let hops_of = |wanted: bool| -> BTreeSet<IpAddr> {
+            self.ports
+                .iter()
+                .filter(|(n, (name, _, down))| {
+                    **n < 4
+                        && *name < 4
+                        && *down == wanted
+                        && state.named(NAMES[*name]).is_some_and(|link| link.carrier)
+                })
+                .flat_map(|(_, (_, peers, _))| peers)
+                .filter(|peer| {
+                    Family::from(**peer) == family
+                        && self.prefixes.get(family).is_some()
+                        && !bad.contains(peer)
+                })
+                .copied()
+                .collect()
+        };
+        let up = hops_of(false);
+        if up.is_empty() { hops_of(true) } else { up }
     }
 }
 
