@@ -328,3 +328,21 @@ fn a_link_without_interface() {
     assert!(bench.facts().is_empty(), "no port was brought");
     assert_eq!(bench.ipam_log(), ["acquire t1", "release t1"]);
 }
+
+#[test]
+fn a_vip_that_is_of_no_use_here_costs_the_target_nothing() {
+    let mut bench = Bench::new();
+    let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
+    let mut update = refresh(&up);
+    let connection = update.connection.mut_or_insert_default();
+    let context = connection.context.mut_or_insert_default();
+    let ip = context.ip_context.mut_or_insert_default();
+    for vip in ["20.0.0.1/32", "2000::1/128", "no address"] {
+        ip.src_ip_addrs.push(vip.to_owned());
+    }
+    let asked = ip.clone();
+    for _ in 0..2 {
+        let answer = bench.connect(update.clone(), 2);
+        assert_eq!(*answer.context.ip_context, asked);
+    }
+}

@@ -89,7 +89,7 @@ type Change = fn(&mut NetworkServiceRequest);
 fn connection(request: &mut NetworkServiceRequest) -> &mut Connection {
     request.connection.mut_or_insert_default()
 }
-const ROWS: [(&str, Code, Change); 13] = [
+const ROWS: [(&str, Code, Change); 11] = [
     ("no connection", Code::PERMISSION_DENIED, |r| {
         r.connection = None.into();
     }),
@@ -134,16 +134,6 @@ const ROWS: [(&str, Code, Change); 13] = [
     ("oversized", Code::INVALID_ARGUMENT, |r| {
         connection(r).payload = "x".repeat(3 * 1024 * 1024);
     }),
-    ("garbage for an address", Code::INVALID_ARGUMENT, |r| {
-        let context = connection(r).context.mut_or_insert_default();
-        let ip = context.ip_context.mut_or_insert_default();
-        ip.src_ip_addrs.push("é".repeat(100_000));
-    }),
-    ("address of no used family", Code::INVALID_ARGUMENT, |r| {
-        let context = connection(r).context.mut_or_insert_default();
-        let ip = context.ip_context.mut_or_insert_default();
-        ip.src_ip_addrs.push("2000::1/128".to_owned());
-    }),
 ];
 
 #[test]
@@ -160,12 +150,7 @@ fn hostile_requests_are_refused_and_change_nothing() {
         let mut request = Bench::request_of("t1", "f1", None);
         change(&mut request);
         let mut awaited = bench.send(request);
-        // Of all these only the last needs addresses to be judged.
-        let asked = !bench.ipam.0.lock().owed.is_empty();
-        assert_eq!(asked, what == "address of no used family", "{what}");
-        if asked {
-            bench.ipam_answers(Ok(lease(2)));
-        }
+        assert!(bench.ipam.0.lock().owed.is_empty(), "{what}: IPAM is asked");
         let error = answered(&mut awaited).unwrap().unwrap_err();
         assert_eq!(error.code(), Some(expected), "{what}: {error}");
         assert!(error.to_string().len() < 2 * ERROR_MAX, "{what}");
