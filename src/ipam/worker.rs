@@ -39,6 +39,8 @@ pub(super) enum Command {
     },
     /// See [`super::IpamHandle::release_later`].
     ReleaseLater(LeaseId),
+    /// See [`super::IpamHandle::abandon`].
+    Abandon(LeaseId),
     /// See [`super::IpamHandle::flush`].
     Flush {
         deadline: Instant,
@@ -168,6 +170,7 @@ impl Worker {
                 self.book.acquire(ticket, id, deadline, now)
             }
             Command::ReleaseLater(id) => self.book.release_later(id, now),
+            Command::Abandon(id) => self.book.abandon(id, now),
             Command::Flush { deadline, done } => {
                 self.flushes.push((deadline, done));
                 self.book.flush(now)

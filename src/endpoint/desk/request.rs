@@ -142,8 +142,11 @@ impl Desk {
     }
 
     fn failed(&mut self, id: &SegmentId, asked: Asked, error: RpcError) {
+        let lease = &asked.wanted.claim.lease;
         if let Some(lease) = self.targets.give_up(id) {
             self.parts.leases.release_later(lease);
+        } else if !self.targets.is_held(lease) {
+            self.parts.leases.abandon(lease.clone());
         }
         refuse(asked.reply, "Request", &asked.call, error);
     }

@@ -53,6 +53,34 @@ fn an_answer_that_nobody_waits_for_establishes_nothing() {
     bench.ipam_answers(Ok(lease(2)));
     assert_eq!(code(&mut awaited), Code::DEADLINE_EXCEEDED);
     assert!(bench.desk.targets.is_empty() && bench.facts().is_empty());
+    // Nor does it keep the addresses for ever.
+    assert_eq!(bench.ipam_log(), ["acquire t1", "abandon t1"]);
+}
+
+#[test]
+fn addresses_that_another_connection_uses_are_not_abandoned() {
+    let mut bench = Bench::new();
+    bench.connect(Bench::request_of("t1", "f1", None), 2);
+    let mut second = bench.send(Bench::request_of("t1", "f2", None));
+    bench.over.store(true, Ordering::Relaxed);
+    bench.ipam_answers(Ok(lease(2)));
+    assert_eq!(code(&mut second), Code::DEADLINE_EXCEEDED);
+    assert_eq!(bench.ipam_log(), ["acquire t1", "acquire t1"]);
+}
+
+/// The known addresses must be answered before the caller gives up.
+#[test]
+fn a_refresh_waits_less_for_ipam_than_a_first_request() {
+    let mut bench = Bench::new();
+    let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
+    let mut reselect = refresh(&up);
+    reselect.connection.mut_or_insert_default().state = State::RESELECT_REQUESTED.into();
+    for request in [refresh(&up), reselect] {
+        bench.connect(request, 2);
+    }
+    let waits = bench.ipam.0.lock().deadlines.clone();
+    let waits: Vec<_> = waits.into_iter().map(|at| at - bench.now.mono).collect();
+    assert_eq!(waits, [IPAM_TIMEOUT, RENEW_TIMEOUT, RENEW_TIMEOUT]);
 }
 
 #[test]
