@@ -341,3 +341,44 @@ fn many_targets_with_a_stream_each() {
         "each hears of its own only"
     );
 }
+
+/// All targets of a node come at once after a restart, each over a connection
+/// of its own, as forwarders make them.
+#[test]
+fn a_node_full_of_targets_at_once() {
+    const TARGETS: usize = 120;
+    let world = World::new(|_| {});
+    let forwarders: Vec<Forwarder> = (0..TARGETS).map(|_| world.forwarder()).collect();
+    let (tx, rx) = bounded(TARGETS);
+    let mut guards = Vec::new();
+    for (n, forwarder) in forwarders.iter().enumerate() {
+        let connection = forwarder
+            .connector
+            .acquire(soon(), &forwarder.stop)
+            .unwrap();
+        let tx = tx.clone();
+        guards.push(call::start(
+            connection.channel(),
+            &method::REQUEST,
+            &forwarder.first_request(&format!("t{n}")),
+            &forwarder.options(&forwarder.cell),
+            move |result| {
+                let _ = tx.send(result.map(|reply| reply.message));
+            },
+        ));
+    }
+    let (mut names, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+    for _ in 0..TARGETS {
+        let answer = rx.recv_deadline(soon()).unwrap().unwrap();
+        names.insert(answer.mechanism.parameters["name"].clone());
+        addresses.insert(answer.context.ip_context.src_ip_addrs.clone());
+    }
+    assert_eq!((names.len(), addresses.len()), (TARGETS, TARGETS));
+    for (n, forwarder) in forwarders.iter().enumerate() {
+        let pump = forwarder.monitor(&format!("t{n}"));
+        assert_eq!(
+            event(&pump),
+            (ConnectionEventType::INITIAL_STATE_TRANSFER, 1)
+        );
+    }
+}
