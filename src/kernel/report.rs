@@ -1,7 +1,7 @@
 //! All links, addresses, rules, routes and neighbours, ours or not: what
 //! `--debug` shows. Read only; the daemon's own work does not use it.
 
-pub mod decode;
+mod decode;
 #[cfg(test)]
 mod tests;
 
