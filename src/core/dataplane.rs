@@ -164,13 +164,13 @@ impl Dataplane {
     /// How many LBs are connected: told to be up, and neither down nor closed.
     #[must_use]
     pub fn connected_lbs(&self) -> usize {
-        self.lbs().count()
+        self.lbs().filter(|(_, port)| !port.down).count()
     }
 
     fn lbs(&self) -> impl Iterator<Item = (&PortKey, &Port)> {
         self.ports
             .iter()
-            .filter(|(key, port)| matches!(key, PortKey::Lb(_)) && !port.down)
+            .filter(|(key, _)| matches!(key, PortKey::Lb(_)))
     }
 
     /// The kernel state that follows from all facts, given what was observed.
@@ -248,6 +248,7 @@ impl Dataplane {
         warnings: &mut BTreeSet<Warning>,
     ) -> PerFamily<RouteIntent> {
         let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
+        let mut down = hops.clone();
         let bridge = observed.bridge().map(|link| link.index);
         for (key, port) in self.lbs() {
             let refused = self.not_attached.contains(&port.ifname);
@@ -255,10 +256,11 @@ impl Dataplane {
                 && observed.named(&port.ifname).is_some_and(|link| {
                     link.up && link.carrier && (!refused || link.master == bridge)
                 });
+            let into = if port.down { &mut down } else { &mut hops };
             for address in &port.peers {
                 match self.hop(*address, observed) {
                     Ok(true) if carries => {
-                        hops.get_mut((*address).into()).insert(*address);
+                        into.get_mut((*address).into()).insert(*address);
                     }
                     Ok(_) => {}
                     Err(why) => {
@@ -273,6 +275,11 @@ impl Dataplane {
         }
         PerFamily::from_fn(|family| {
             let mut hops = std::mem::take(hops.get_mut(family));
+            if hops.is_empty() {
+                // Where every LB is said to be down, what says so may be wrong,
+                // and no packet is better off without them.
+                hops = std::mem::take(down.get_mut(family));
+            }
             if hops.len() > MAX_HOPS {
                 warnings.insert(Warning::TooManyHops {
                     family,

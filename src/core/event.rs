@@ -29,8 +29,8 @@ pub enum Event {
         peers: BTreeSet<IpAddr>,
     },
     /// The LB's connection is known to be down while its control plane is
-    /// alive: no packet shall be sent to it, but its port stays. Undone by the
-    /// next `PortExpected`. From `lb:N`.
+    /// alive: no packet shall be sent to it while another LB is up, but its
+    /// port stays. Undone by the next `PortExpected`. From `lb:N`.
     PeerDown {
         /// Whose port.
         key: PortKey,

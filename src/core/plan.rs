@@ -6,7 +6,7 @@
 //! gone before its port. The list is empty exactly when all is as wanted.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
 
@@ -90,6 +90,24 @@ fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &
         }
         ops.push(KernelOp::AddAddress { bridge, address });
     }
+    if let Some(IpNetwork::V6(wanted)) = desired.addresses.v6
+        && let Some(address) = link_local(wanted.ip())
+        && !observed.addresses.contains(&(bridge, address))
+    {
+        ops.push(KernelOp::AddAddress { bridge, address });
+    }
+}
+
+/// A link-local address for the bridge, besides the kernel's own. The kernel
+/// asks for a neighbour of forwarded packets from a link-local address only
+/// (net/ipv6/ndisc.c, `ndisc_send_ns`), and its own one is under duplicate
+/// address detection for up to 2 s whenever the bridge comes up.
+fn link_local(own: Ipv6Addr) -> Option<IpNetwork> {
+    if own.is_unicast_link_local() {
+        return None;
+    }
+    let [.., a, b, c, d] = own.segments();
+    IpNetwork::new(Ipv6Addr::new(0xfe80, 0, 0, 0, a, b, c, d).into(), 64).ok()
 }
 
 /// Removes what the bridge has besides the wanted address of a family whose

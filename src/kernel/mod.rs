@@ -28,7 +28,8 @@ use self::worker::Net;
 use crate::core::dataplane::Dataplane;
 use crate::core::event::Event;
 use crate::core::family::IpFamilies;
-use crate::core::observed::{LinkFact, Observed};
+use crate::core::ids::IfName;
+use crate::core::observed::{Link, LinkFact, Observed};
 use crate::core::op::KernelOp;
 use crate::health::{HealthCell, SubService};
 use crate::sync::clock;
@@ -39,6 +40,16 @@ pub use error::KernelError;
 
 /// Facts that wait for `net`; when it is full the sender waits.
 const QUEUE: usize = 1024;
+
+/// The link of that name, asked of the kernel by the calling thread itself, for
+/// those who cannot wait for `net`, which answers nobody.
+///
+/// # Errors
+///
+/// When no socket can be had, or the kernel does not answer.
+pub fn link_named(name: &IfName) -> Result<Option<Link>, KernelError> {
+    Netlink::new(RequestSocket::open()?).link(name)
+}
 
 /// What the `net` thread takes.
 #[derive(Debug)]
@@ -100,16 +111,6 @@ pub struct KernelOptions {
     /// The hardware address that a new bridge gets; an adopted one keeps its
     /// own.
     pub bridge_mac: [u8; 6],
-}
-
-/// Reads the kernel's state on a socket of the caller's own, for threads that
-/// need to know it once; it changes nothing, which is for `net` alone.
-///
-/// # Errors
-///
-/// When no socket can be had, or the kernel does not answer.
-pub fn observe() -> Result<Observed, KernelError> {
-    Netlink::new(RequestSocket::open()?).snapshot()
 }
 
 /// The two threads of the kernel side. Dropping it stops both.

@@ -21,6 +21,8 @@ struct Burst {
     messages: Vec<NetMsg>,
     foreign: bool,
     overrun: bool,
+    /// Nothing is left in the queue.
+    drained: bool,
 }
 
 /// Reads events until told to stop, which takes a wake-up too. `own_port` is
@@ -34,6 +36,7 @@ pub fn run(
     net: &Sender<NetMsg>,
     stop: &Stop,
 ) {
+    let mut lost = false;
     loop {
         if let Err(error) = poll::wait(&[socket.interest(), wake.interest()], None) {
             error!("poll of the netlink event socket: {error}");
@@ -43,28 +46,39 @@ pub fn run(
             return;
         }
         wake.drain();
-        let burst = match read(&mut socket, own_port) {
-            Ok(burst) => burst,
+        let messages = match read(&mut socket, own_port) {
+            Ok(burst) => tell(burst, &mut lost),
             Err(error) => {
                 error!("netlink events: {error}");
                 return;
             }
         };
-        if burst.overrun {
-            warn!("netlink events were lost; reading the kernel's state anew");
-        }
-        let general = match (burst.overrun, burst.foreign) {
-            (true, _) => Some(NetMsg::Overrun),
-            (false, true) => Some(NetMsg::Foreign),
-            (false, false) => None,
-        };
-        for message in burst.messages.into_iter().chain(general) {
+        for message in messages {
             if net.send(message).is_err() {
                 // `net` is gone, and with it the need for events.
                 return;
             }
         }
     }
+}
+
+/// What `net` is told of a burst. `lost`: events were lost, and the queue was
+/// not empty since. Until it is, the kernel drops what is new and says nothing
+/// (net/netlink/af_netlink.c, `NETLINK_S_CONGESTED`), so `net` is told only
+/// then; what is still in the queue is older than the dump that it makes.
+fn tell(burst: Burst, lost: &mut bool) -> Vec<NetMsg> {
+    *lost |= burst.overrun;
+    if !*lost {
+        let mut messages = burst.messages;
+        messages.extend(burst.foreign.then_some(NetMsg::Foreign));
+        return messages;
+    }
+    if !burst.drained {
+        return Vec::new();
+    }
+    *lost = false;
+    warn!("netlink events were lost; reading the kernel's state anew");
+    vec![NetMsg::Overrun]
 }
 
 fn read(socket: &mut EventSocket, own_port: u32) -> io::Result<Burst> {
@@ -83,7 +97,10 @@ fn read(socket: &mut EventSocket, own_port: u32) -> io::Result<Burst> {
                     }
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                burst.drained = true;
+                break;
+            }
             // ENOBUFS: the queue was full. Other: a datagram larger than any.
             Err(error)
                 if error.raw_os_error() == Some(libc::ENOBUFS)
@@ -114,15 +131,44 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn a_full_queue_is_an_overrun_and_not_the_end() {
+    fn enter_netns() {
         // SAFETY: unshare takes no pointers; it changes this thread only.
         let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    }
+
+    #[test]
+    fn an_overrun_is_told_when_the_queue_is_empty_again() {
+        enter_netns();
+        let mut socket = EventSocket::open().unwrap();
+        let mut netlink = Netlink::new(RequestSocket::open().unwrap());
+        socket.shrink_queue(512 * 1024);
+        assert!(netlink.apply(&rules(4000)).iter().all(Result::is_ok));
+        let (mut bursts, mut lost) = (0, false);
+        let told = loop {
+            bursts += 1;
+            let told = tell(read(&mut socket, 0).unwrap(), &mut lost);
+            if !told.is_empty() {
+                break told;
+            }
+        };
+        assert!(matches!(told.as_slice(), [NetMsg::Overrun]), "{told:?}");
+        assert!(bursts > 1, "the queue held one burst only");
+        // What comes now is told again, and what came before was read.
+        let error = socket.receive().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(netlink.apply(&rules(1)).iter().all(Result::is_ok));
+        let told = tell(read(&mut socket, 0).unwrap(), &mut lost);
+        assert!(matches!(told.as_slice(), [NetMsg::Foreign]), "{told:?}");
+    }
+
+    #[test]
+    fn a_full_queue_is_an_overrun_and_not_the_end() {
+        enter_netns();
         let mut socket = EventSocket::open().unwrap();
         let mut netlink = Netlink::new(RequestSocket::open().unwrap());
         let own = netlink.port();
-        socket.shrink_queue();
+        socket.shrink_queue(1);
         assert!(netlink.apply(&rules(500)).iter().all(Result::is_ok));
         // Lost ones count, whoever caused them.
         let burst = read(&mut socket, own).unwrap();

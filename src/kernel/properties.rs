@@ -362,25 +362,31 @@ impl Told {
             .chain(self.prefixes.values().map(IpNetwork::ip))
             .chain(self.prefixes.v4.iter().map(IpNetwork::broadcast))
             .collect();
-        let hops: Vec<IpAddr> = self
-            .ports
-            .iter()
-            .filter(|(n, (name, _, down))| {
-                **n < 4
-                    && *name < 4
-                    && !down
-                    && state.named(NAMES[*name]).is_some_and(|link| link.carrier)
-            })
-            .flat_map(|(_, (_, peers, _))| peers)
-            .filter(|peer| {
-                Family::from(**peer) == family
-                    && self.prefixes.get(family).is_some()
-                    && !bad.contains(peer)
-            })
-            .copied()
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect();
+        // Where all are down, they count as up.
+        let hops_of = |wanted: bool| -> Vec<IpAddr> {
+            self.ports
+                .iter()
+                .filter(|(n, (name, _, down))| {
+                    **n < 4
+                        && *name < 4
+                        && *down == wanted
+                        && state.named(NAMES[*name]).is_some_and(|link| link.carrier)
+                })
+                .flat_map(|(_, (_, peers, _))| peers)
+                .filter(|peer| {
+                    Family::from(**peer) == family
+                        && self.prefixes.get(family).is_some()
+                        && !bad.contains(peer)
+                })
+                .copied()
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .collect()
+        };
+        let mut hops = hops_of(false);
+        if hops.is_empty() {
+            hops = hops_of(true);
+        }
         if hops.is_empty() {
             return;
         }

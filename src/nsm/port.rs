@@ -3,8 +3,9 @@
 use log::warn;
 
 use crate::core::ids::IfName;
-use crate::core::observed::Observed;
-use crate::kernel;
+use crate::core::observed::Link;
+use crate::core::op::BRIDGE;
+use crate::kernel::{KernelError, link_named};
 
 /// Bytes that the kernel keeps of an alias (IFALIASZ less the NUL).
 const ALIAS_MAX: usize = 255;
@@ -14,8 +15,8 @@ const ALIAS_MAX: usize = 255;
 /// a session and before anything is changed: `net` answers nobody. What cannot
 /// be read counts as no.
 pub(super) fn is_in_place(ifname: &IfName, id: &str) -> bool {
-    match kernel::observe() {
-        Ok(observed) => fits(&observed, ifname, id),
+    match look(ifname) {
+        Ok((bridge, port)) => fits(bridge.as_ref(), port.as_ref(), id),
         Err(error) => {
             warn!("cannot look at {ifname}, so its connection is rebuilt: {error}");
             false
@@ -23,14 +24,25 @@ pub(super) fn is_in_place(ifname: &IfName, id: &str) -> bool {
     }
 }
 
+/// The bridge and the port, as far as they are there.
+fn look(ifname: &IfName) -> Result<(Option<Link>, Option<Link>), KernelError> {
+    let bridge = match IfName::parse(BRIDGE) {
+        Ok(name) => link_named(&name)?,
+        Err(_) => None,
+    };
+    Ok((bridge, link_named(ifname)?))
+}
+
 /// Forwarders give the client's end the alias `server-<id>` (sdk-vpp
 /// pkg/tools/mechutils).
-fn fits(observed: &Observed, ifname: &IfName, id: &str) -> bool {
+fn fits(bridge: Option<&Link>, port: Option<&Link>, id: &str) -> bool {
     let alias = format!("server-{id}");
     let kept = alias.get(..ALIAS_MAX).unwrap_or(&alias);
-    let bridge = observed.bridge().map(|bridge| bridge.index);
-    observed.named(ifname).is_some_and(|link| {
-        bridge.is_some() && link.master == bridge && link.alias.as_deref() == Some(kept)
+    bridge.is_some_and(|bridge| {
+        bridge.is_bridge
+            && port.is_some_and(|port| {
+                port.master == Some(bridge.index) && port.alias.as_deref() == Some(kept)
+            })
     })
 }
 
@@ -38,8 +50,6 @@ fn fits(observed: &Observed, ifname: &IfName, id: &str) -> bool {
 mod tests {
     use super::*;
     use crate::core::ids::IfIndex;
-    use crate::core::observed::Link;
-    use crate::core::op::BRIDGE;
 
     fn link(index: u32, name: &str, alias: Option<&str>, master: Option<u32>) -> Link {
         Link {
@@ -49,13 +59,15 @@ mod tests {
             master: master.and_then(IfIndex::new),
             up: true,
             carrier: true,
-            is_bridge: name.starts_with("br"),
+            is_bridge: name == BRIDGE,
         }
     }
 
     #[test]
     fn alias_and_bridge_must_both_fit() {
-        let name = IfName::parse("load-balan-aB12").unwrap();
+        let bridge = link(1, BRIDGE, None, None);
+        let mut other = bridge.clone();
+        other.is_bridge = false;
         for (alias, master, expected) in [
             (Some("server-id-1"), Some(1), true),
             (Some("server-id-1"), Some(2), false),
@@ -65,18 +77,16 @@ mod tests {
             (Some("id-1"), Some(1), false),
             (None, Some(1), false),
         ] {
-            let mut observed = Observed::default();
-            observed.insert_link(link(2, "br1", None, None));
-            observed.insert_link(link(3, name.as_str(), alias, master));
-            assert!(!fits(&observed, &name, "id-1"), "there is no bridge");
-            observed.insert_link(link(1, BRIDGE, None, None));
+            let port = link(3, "load-balan-aB12", alias, master);
+            let fits = |bridge, port| fits(bridge, port, "id-1");
             assert_eq!(
-                fits(&observed, &name, "id-1"),
+                fits(Some(&bridge), Some(&port)),
                 expected,
                 "{alias:?} in {master:?}"
             );
-            let other = IfName::parse("other").unwrap();
-            assert!(!fits(&observed, &other, "id-1"));
+            assert!(!fits(None, Some(&port)), "there is no bridge");
+            assert!(!fits(Some(&other), Some(&port)), "it is none");
+            assert!(!fits(Some(&bridge), None), "there is no port");
         }
     }
 
@@ -84,9 +94,8 @@ mod tests {
     fn a_long_alias_is_compared_as_the_kernel_keeps_it() {
         let id = "x".repeat(300);
         let kept = format!("server-{}", "x".repeat(ALIAS_MAX - 7));
-        let mut observed = Observed::default();
-        observed.insert_link(link(1, BRIDGE, None, None));
-        observed.insert_link(link(2, "a", Some(&kept), Some(1)));
-        assert!(fits(&observed, &IfName::parse("a").unwrap(), &id));
+        let bridge = link(1, BRIDGE, None, None);
+        let port = link(2, "a", Some(&kept), Some(1));
+        assert!(fits(Some(&bridge), Some(&port), &id));
     }
 }

@@ -6,10 +6,10 @@ use meridio_proxy::core::family::Family;
 use meridio_proxy::core::ids::IfIndex;
 use meridio_proxy::core::observed::RouteKind;
 use meridio_proxy::core::op::{FALLBACK_METRIC, KernelOp, PROTOCOL};
-use meridio_proxy::kernel::Rtnl;
 use meridio_proxy::kernel::error::OpError;
 use meridio_proxy::kernel::netlink::Netlink;
 use meridio_proxy::kernel::netlink::socket::RequestSocket;
+use meridio_proxy::kernel::{Rtnl, link_named};
 
 use crate::harness::{
     MAC, bridge_addresses, enter_netns, ip, is_port, json, name, rules, table, veth,
@@ -114,6 +114,28 @@ fn ports_are_found_by_name() {
     ip("link del nsm0");
     do_op(&mut netlink, detach).unwrap();
     assert_eq!(refused(do_op(&mut netlink, attach)).0, libc::ENODEV);
+}
+
+#[test]
+fn one_link_is_asked_for_by_its_name() {
+    enter_netns();
+    let mut netlink = netlink();
+    let bridge = with_bridge(&mut netlink);
+    veth("nsm0");
+    ip("link set nsm0 master bridge0 alias server-1");
+    ip("link property add dev nsm0 altname other0");
+    let observed = netlink.snapshot().unwrap();
+    for text in ["nsm0", "nsm0-p", "bridge0", "lo"] {
+        let seen = link_named(&name(text)).unwrap();
+        assert_eq!(seen.as_ref(), observed.named(&name(text)), "{text}");
+        assert!(seen.is_some());
+    }
+    let port = link_named(&name("nsm0")).unwrap().unwrap();
+    assert_eq!(port.master, Some(bridge));
+    assert_eq!(port.alias.as_deref(), Some("server-1"));
+    for text in ["absent0", "other0"] {
+        assert_eq!(link_named(&name(text)).unwrap(), None, "{text}");
+    }
 }
 
 #[test]

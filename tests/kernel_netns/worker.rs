@@ -368,6 +368,27 @@ fn a_changed_bridge_address_replaces_the_old_one() {
     daemon.stop();
 }
 
+/// Without a link-local address that is past duplicate address detection the
+/// kernel forwards no IPv6 packet to a neighbour that it has to ask for.
+#[test]
+fn a_bridge_that_comes_up_can_ask_for_ipv6_neighbours_at_once() {
+    enter_netns();
+    let daemon = Daemon::with_addresses();
+    veth("nsm-a");
+    daemon.lb("a", "nsm-a", 7);
+    until_hops(&[7]);
+    let ready = || {
+        let seen = ip("-6 -o address show dev bridge0 scope link");
+        let ours = |line: &str| line.contains("fe80::1/64") && !line.contains("tentative");
+        seen.lines().any(ours).then_some(()).ok_or(seen)
+    };
+    eventually("a usable link-local address", ready);
+    ip("link set bridge0 down");
+    until_hops(&[7]);
+    eventually("a usable link-local address again", ready);
+    daemon.stop();
+}
+
 #[test]
 fn bad_facts_do_not_hold_up_good_ones() {
     enter_netns();

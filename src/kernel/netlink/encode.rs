@@ -19,7 +19,7 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::core::family::Family;
-use crate::core::ids::IfIndex;
+use crate::core::ids::{IfIndex, IfName};
 use crate::core::observed::Rule;
 use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, TABLE, route_metric};
 
@@ -135,6 +135,22 @@ pub fn dump(what: Dump, sequence: u32) -> Vec<u8> {
         }
     };
     serialise(message, NLM_F_REQUEST | NLM_F_DUMP, sequence)
+}
+
+/// The request for the one link of that name, which the acknowledgement
+/// follows.
+#[must_use]
+pub fn get_link(name: &IfName, sequence: u32) -> Vec<u8> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(name.as_str().to_owned()),
+        LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]),
+    ];
+    serialise(
+        RouteNetlinkMessage::GetLink(message),
+        NLM_F_REQUEST | NLM_F_ACK,
+        sequence,
+    )
 }
 
 /// Adds the wish for an acknowledgement to a message.

@@ -14,7 +14,8 @@ use self::socket::RequestSocket;
 use super::Rtnl;
 use super::error::{KernelError, OpError};
 use crate::core::family::Family;
-use crate::core::observed::{Observed, Rule};
+use crate::core::ids::IfName;
+use crate::core::observed::{Link, Observed, Rule};
 use crate::core::op::KernelOp;
 
 /// Most messages of a batch: more bring nothing, and each refusal takes room
@@ -39,6 +40,31 @@ impl Netlink {
     #[must_use]
     pub fn port(&self) -> u32 {
         self.socket.port()
+    }
+
+    /// The link of that name, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked.
+    pub fn link(&mut self, name: &IfName) -> Result<Option<Link>, KernelError> {
+        let sequence = self.socket.sequences(1);
+        let request = encode::get_link(name, sequence);
+        let mut found = None;
+        let outcome = self.socket.dump(&request, sequence, |frame| {
+            if frame.kind == decode::RTM_NEWLINK {
+                found = decode::link(frame.payload);
+            }
+        });
+        match outcome {
+            // The kernel takes a link's other names (IFLA_ALT_IFNAME), too.
+            Ok(_) => Ok(found.filter(|link| link.name == *name)),
+            Err(OpError::Refused {
+                errno: libc::ENODEV,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(KernelError(format!("look at link {name}: {error}"))),
+        }
     }
 
     /// Reads a part of the state with `read`, again while it changes under our

@@ -303,8 +303,8 @@ impl EventSocket {
 
     /// Makes the queue so small that it overflows.
     #[cfg(test)]
-    pub fn shrink_queue(&self) {
-        self.endpoint.socket.set_rx_buf_sz(1i32).unwrap();
+    pub fn shrink_queue(&self, bytes: i32) {
+        self.endpoint.socket.set_rx_buf_sz(bytes).unwrap();
     }
 }
 
