@@ -15,11 +15,14 @@ mod strict;
 mod world;
 
 use crossbeam_channel::bounded;
+use futures_util::{FutureExt, SinkExt};
+use grpcio::WriteFlags;
 use meridio_proxy::core::event::Event;
 use meridio_proxy::ipam::IpamError;
 use meridio_proxy::proto::connection::ConnectionEventType;
 use meridio_proxy::proto::health::health_check_response::ServingStatus;
 use meridio_proxy::proto::networkservice::NetworkServiceRequest;
+use meridio_proxy::proto::registry::NetworkServiceEndpointResponse;
 use meridio_proxy::rpc::call::{self};
 use meridio_proxy::rpc::method;
 use meridio_proxy::rpc::pump::Item;
@@ -115,6 +118,29 @@ fn registers_anew_after_restarts() {
     world.registry.watches.lock().clear();
     world.start_nsmgr();
     world.registered();
+}
+
+#[test]
+fn an_entry_that_was_removed_is_registered_anew() {
+    let world = World::new(|_| {});
+    world.registered();
+    while !matches!(world.asked(), Asked::Watch(_)) {}
+    for name in ["another", "us"] {
+        let mut event = NetworkServiceEndpointResponse {
+            deleted: true,
+            ..NetworkServiceEndpointResponse::default()
+        };
+        name.clone_into(&mut event.network_service_endpoint.mut_or_insert_default().name);
+        let mut watches = world.registry.watches.lock();
+        // Polled once, it is on its way.
+        let _ = watches[0]
+            .send((event, WriteFlags::default()))
+            .now_or_never();
+        drop(watches);
+        let again = world.asked.recv_timeout(Duration::from_secs(1));
+        let is_anew = matches!(&again, Ok(Asked::Endpoint(nse, _)) if nse.name == "us");
+        assert_eq!(is_anew, name == "us", "{name}: {again:?}");
+    }
 }
 
 #[test]
@@ -340,4 +366,45 @@ fn many_targets_with_a_stream_each() {
         pumps.iter().all(|pump| pump.items().is_empty()),
         "each hears of its own only"
     );
+}
+
+/// All targets of a node come at once after a restart, each over a connection
+/// of its own, as forwarders make them.
+#[test]
+fn a_node_full_of_targets_at_once() {
+    const TARGETS: usize = 120;
+    let world = World::new(|_| {});
+    let forwarders: Vec<Forwarder> = (0..TARGETS).map(|_| world.forwarder()).collect();
+    let (tx, rx) = bounded(TARGETS);
+    let mut guards = Vec::new();
+    for (n, forwarder) in forwarders.iter().enumerate() {
+        let connection = forwarder
+            .connector
+            .acquire(soon(), &forwarder.stop)
+            .unwrap();
+        let tx = tx.clone();
+        guards.push(call::start(
+            connection.channel(),
+            &method::REQUEST,
+            &forwarder.first_request(&format!("t{n}")),
+            &forwarder.options(&forwarder.cell),
+            move |result| {
+                let _ = tx.send(result.map(|reply| reply.message));
+            },
+        ));
+    }
+    let (mut names, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+    for _ in 0..TARGETS {
+        let answer = rx.recv_deadline(soon()).unwrap().unwrap();
+        names.insert(answer.mechanism.parameters["name"].clone());
+        addresses.insert(answer.context.ip_context.src_ip_addrs.clone());
+    }
+    assert_eq!((names.len(), addresses.len()), (TARGETS, TARGETS));
+    for (n, forwarder) in forwarders.iter().enumerate() {
+        let pump = forwarder.monitor(&format!("t{n}"));
+        assert_eq!(
+            event(&pump),
+            (ConnectionEventType::INITIAL_STATE_TRANSFER, 1)
+        );
+    }
 }

@@ -89,6 +89,22 @@ fn calls_of_many_connections_run_beside_each_other() {
     assert!(took < Duration::from_millis(1200), "{took:?}");
 }
 
+/// All targets of a node come at once, and IPAM works its calls off one after
+/// the other: none waits there for so long that it is given up and repeated.
+#[test]
+fn a_slow_ipam_is_not_flooded() {
+    let bench = Bench::start();
+    bench.bridge();
+    bench.lab.set_turn(Duration::from_millis(18));
+    let answers: Vec<_> = (0..120)
+        .map(|n| bench.ask(&format!("target-{n}"), secs(15)))
+        .collect();
+    for answer in answers {
+        answer.recv().unwrap().unwrap();
+    }
+    assert_eq!(bench.lab.calls().len(), 2 + 480, "none was repeated");
+}
+
 #[test]
 fn what_is_slow_delays_itself_only() {
     let bench = Bench::start();

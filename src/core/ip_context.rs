@@ -4,8 +4,11 @@
 //! first request gets everything; a context that already holds what IPAM says
 //! is left alone, since the target keeps its VIPs and policy routes in it; one
 //! that holds something else is corrected, VIPs kept.
+//!
+//! As there, a text that this proxy cannot use, such as a VIP of a family that
+//! the trench does not have, is no reason to refuse the target: it would lose
+//! its other VIPs, and with its next refresh its connection.
 
-use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -35,97 +38,44 @@ pub struct Policy {
     pub next_hops: Vec<String>,
 }
 
-/// Why a target's context cannot be used: which list, and what is in it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ContextError {
-    /// The text is no address with prefix length.
-    NoAddress {
-        /// The list.
-        list: &'static str,
-        /// The text.
-        text: String,
-    },
-    /// The deployment does not use the family of the address.
-    Family {
-        /// The list.
-        list: &'static str,
-        /// The address.
-        address: IpNetwork,
-    },
-}
-
-impl fmt::Display for ContextError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoAddress { list, text } => {
-                write!(
-                    f,
-                    "{list} of the request holds {text:?}, which is no IP address with prefix length"
-                )
-            }
-            Self::Family { list, address } => write!(
-                f,
-                "{list} of the request holds {address}, but this trench does not use {}",
-                Family::from(*address)
-            ),
-        }
-    }
-}
-
-impl std::error::Error for ContextError {}
-
-/// Whether all that a context lists are addresses: worth knowing before any
-/// are allocated for it.
-///
-/// # Errors
-///
-/// What is none.
-pub fn check(asked: &IpContext) -> Result<(), ContextError> {
-    parse("src_ip_addrs", &asked.src)?;
-    parse("dst_ip_addrs", &asked.dst)?;
-    parse("extra_prefixes", &asked.gateways)?;
-    Ok(())
-}
-
 /// The context that answers `asked`.
-///
-/// # Errors
-///
-/// When `asked` holds something that is no address, or, outside the subnets
-/// that it leaves behind, an address of a family that is not used.
-pub fn answer(
-    asked: IpContext,
-    addresses: &Addresses,
-    families: IpFamilies,
-) -> Result<IpContext, ContextError> {
+#[must_use]
+pub fn answer(asked: IpContext, addresses: &Addresses) -> IpContext {
     let src = texts(addresses, |lease| lease.src);
     let dst = texts(addresses, |lease| lease.dst);
     let gateways: Vec<String> = addresses.bridge.values().map(ToString::to_string).collect();
 
-    let parsed_src = parse("src_ip_addrs", &asked.src)?;
-    let parsed_dst = parse("dst_ip_addrs", &asked.dst)?;
-    let old_gateways = parse("extra_prefixes", &asked.gateways)?;
-
     if asked.src.is_empty() && asked.dst.is_empty() {
-        return Ok(IpContext {
+        return IpContext {
             src,
             dst,
             gateways,
             policies: asked.policies,
-        });
+        };
     }
     let holds = |list: &[String], wanted: &[String]| wanted.iter().all(|text| list.contains(text));
     if holds(&asked.gateways, &gateways) && holds(&asked.src, &src) && holds(&asked.dst, &dst) {
-        used(families, "src_ip_addrs", &parsed_src)?;
-        used(families, "dst_ip_addrs", &parsed_dst)?;
-        return Ok(asked);
+        return asked;
     }
-    Ok(IpContext {
-        src: replace("src_ip_addrs", parsed_src, src, &old_gateways, families)?,
-        dst: replace("dst_ip_addrs", parsed_dst, dst, &old_gateways, families)?,
+    let stale: Vec<IpNetwork> = asked
+        .gateways
+        .iter()
+        .filter_map(|text| cidr(text))
+        .collect();
+    IpContext {
+        src: replace(asked.src, src, &stale),
+        dst: replace(asked.dst, dst, &stale),
         gateways,
         policies: redirect(asked.policies, addresses),
-    })
+    }
+}
+
+/// What `context` holds for the target that this proxy has no use for: no
+/// address with prefix length, or one of a family outside `families`.
+pub fn unused(context: &IpContext, families: IpFamilies) -> impl Iterator<Item = &str> {
+    let is_used = move |text: &str| cidr(text).is_some_and(|net| families.has(Family::from(net)));
+    let texts = context.src.iter().chain(&context.dst).map(String::as_str);
+    texts.filter(move |text| !is_used(text))
 }
 
 fn texts(addresses: &Addresses, side: impl Fn(&Lease) -> IpNetwork) -> Vec<String> {
@@ -133,48 +83,26 @@ fn texts(addresses: &Addresses, side: impl Fn(&Lease) -> IpNetwork) -> Vec<Strin
     leases.map(|lease| side(lease).to_string()).collect()
 }
 
-/// An address and the peer's own spelling of it, which is what goes back.
-type Spelled = (IpNetwork, String);
-
-fn parse(list: &'static str, texts: &[String]) -> Result<Vec<Spelled>, ContextError> {
-    let one = |text: &String| match text.parse() {
-        Ok(address) => Ok((address, text.clone())),
-        Err(_) => Err(ContextError::NoAddress {
-            list,
-            text: text.clone(),
-        }),
-    };
-    texts.iter().map(one).collect()
-}
-
-fn used(families: IpFamilies, list: &'static str, kept: &[Spelled]) -> Result<(), ContextError> {
-    let stranger = kept
-        .iter()
-        .map(|(address, _)| *address)
-        .find(|address| !families.has(Family::from(*address)));
-    match stranger {
-        Some(address) => Err(ContextError::Family { list, address }),
-        None => Ok(()),
+/// An address with prefix length, as Go's `net.ParseCIDR` reads it; the parser
+/// of `ipnetwork` would also take a bare address, or a mask.
+fn cidr(text: &str) -> Option<IpNetwork> {
+    let (address, length) = text.split_once('/')?;
+    let address: IpAddr = address.parse().ok()?;
+    if !length.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
     }
+    IpNetwork::new(address, length.parse().ok()?).ok()
 }
 
-/// Drops what lies in a subnet of the gateways told before, and adds the
-/// leases. VIPs lie outside of those subnets and stay.
-fn replace(
-    list: &'static str,
-    asked: Vec<Spelled>,
-    leases: Vec<String>,
-    old_gateways: &[Spelled],
-    families: IpFamilies,
-) -> Result<Vec<String>, ContextError> {
-    let stale = |ip: IpAddr| old_gateways.iter().any(|(old, _)| old.contains(ip));
-    let kept: Vec<Spelled> = asked
-        .into_iter()
-        .filter(|(address, text)| !stale(address.ip()) && !leases.contains(text))
-        .collect();
-    used(families, list, &kept)?;
-    let kept = kept.into_iter().map(|(_, text)| text);
-    Ok(kept.chain(leases).collect())
+/// Drops what is no address and what lies in a subnet of the gateways told
+/// before, and adds the leases. VIPs lie outside of those subnets and stay.
+fn replace(asked: Vec<String>, leases: Vec<String>, stale: &[IpNetwork]) -> Vec<String> {
+    let stays = |text: &String| {
+        !leases.contains(text)
+            && cidr(text).is_some_and(|net| !stale.iter().any(|old| old.contains(net.ip())))
+    };
+    let kept: Vec<String> = asked.into_iter().filter(stays).collect();
+    kept.into_iter().chain(leases).collect()
 }
 
 /// Points each policy at the gateway of its family. One whose `from` is no
@@ -182,7 +110,7 @@ fn replace(
 /// gets an empty next hop, as in Meridio.
 fn redirect(policies: Vec<Policy>, addresses: &Addresses) -> Vec<Policy> {
     let to_gateway = |mut policy: Policy| {
-        if let Ok(from) = policy.from.parse::<IpNetwork>() {
+        if let Some(from) = cidr(&policy.from) {
             let gateway = addresses
                 .bridge
                 .get(Family::from(from))
@@ -262,7 +190,7 @@ mod tests {
             policies: vec![policy("20.0.0.1/32", "1.1.1.1")],
             ..IpContext::default()
         };
-        let told = answer(asked.clone(), &upstream(), IpFamilies::Dual).unwrap();
+        let told = answer(asked.clone(), &upstream());
         assert_eq!(told.src, ["172.16.0.1/24", "fd00::1/64"]);
         assert_eq!(told.dst, ["172.16.0.2/24", "fd00::2/64"]);
         assert_eq!(told.gateways, ["172.16.0.100/24", "fd00::100/64"]);
@@ -272,7 +200,7 @@ mod tests {
     #[test]
     fn a_refresh_is_left_alone() {
         let asked = with_vips(["172.16.0.100/24", "fd00::100/64"]);
-        let told = answer(asked.clone(), &upstream(), IpFamilies::Dual).unwrap();
+        let told = answer(asked.clone(), &upstream());
         assert_eq!(told, asked);
     }
 
@@ -283,7 +211,7 @@ mod tests {
             ["172.16.0.10/24", "172.16.0.20/24", "172.16.0.100/24"],
             ["fd00::10/64", "fd00::20/64", "fd00::100/64"],
         );
-        let told = answer(asked, &new, IpFamilies::Dual).unwrap();
+        let told = answer(asked, &new);
         let expected_src = [
             "20.0.0.1/32",
             "2000::1/128",
@@ -300,7 +228,7 @@ mod tests {
                 policy("2000::1/128", "fd00::100")
             ]
         );
-        let again = answer(told.clone(), &new, IpFamilies::Dual).unwrap();
+        let again = answer(told.clone(), &new);
         assert_eq!(again, told, "a correction is stable");
     }
 
@@ -310,7 +238,7 @@ mod tests {
             gateways: Vec::new(),
             ..with_vips(["172.16.0.10/24", "fd00::10/64"])
         };
-        let told = answer(asked, &upstream(), IpFamilies::Dual).unwrap();
+        let told = answer(asked, &upstream());
         let expected = ["20.0.0.1/32", "2000::1/128", "172.16.0.1/24", "fd00::1/64"];
         assert_eq!(told.src, expected);
         assert_eq!(told.dst, ["172.16.0.2/24", "fd00::2/64"]);
@@ -326,54 +254,68 @@ mod tests {
             policies: vec![policy("2000::1/128", "fd00::9"), policy("", "x")],
             ..IpContext::default()
         };
-        let told = answer(asked, &v4, IpFamilies::V4).unwrap();
+        let told = answer(asked, &v4);
         assert_eq!(told.policies, [policy("2000::1/128", ""), policy("", "x")]);
     }
 
-    #[test]
-    fn what_is_no_address_or_of_no_used_family_is_refused() {
+    /// Addresses of a trench without IPv6.
+    fn only_v4() -> Addresses {
         let mut v4 = upstream();
         v4.bridge.v6 = None;
         v4.leases.v6 = None;
-        let refused = |asked: IpContext, families| answer(asked, &v4, families).unwrap_err();
+        v4
+    }
+
+    #[test]
+    fn a_vip_of_no_used_family_is_passed_through() {
+        let known = IpContext {
+            src: list(&["172.16.0.1/24", "20.0.0.1/32", "2000::1/128"]),
+            dst: list(&["172.16.0.2/24"]),
+            gateways: list(&["172.16.0.100/24"]),
+            policies: vec![policy("2000::1/128", "fd00::100")],
+        };
+        assert_eq!(answer(known.clone(), &only_v4()), known);
+        let odd: Vec<&str> = unused(&known, IpFamilies::V4).collect();
+        assert_eq!(odd, ["2000::1/128"]);
+        assert_eq!(unused(&known, IpFamilies::Dual).count(), 0);
+
+        // Also when the leases are corrected.
+        let moved = IpContext {
+            src: list(&["172.16.9.1/24", "20.0.0.1/32", "2000::1/128"]),
+            gateways: list(&["172.16.9.100/24"]),
+            ..known.clone()
+        };
+        let told = answer(moved, &only_v4());
+        assert_eq!(told.src, ["20.0.0.1/32", "2000::1/128", "172.16.0.1/24"]);
+        assert_eq!(told.policies, [policy("2000::1/128", "")]);
+    }
+
+    #[test]
+    fn what_is_no_address_stays_until_the_leases_are_corrected() {
         for bad in [
             "",
             "x",
+            "1.2.3.4",
             "1.2.3.4/33",
+            "1.2.3.4/+8",
+            "1.2.3.4/255.0.0.0",
             "1.2.3/24",
             "1.2.3.4/",
             "::1/129",
             "\u{0}",
         ] {
-            for asked in [
-                IpContext {
-                    src: list(&[bad]),
-                    ..IpContext::default()
-                },
-                IpContext {
-                    dst: list(&[bad]),
-                    ..IpContext::default()
-                },
-                IpContext {
-                    gateways: list(&[bad]),
-                    ..IpContext::default()
-                },
-            ] {
-                assert!(check(&asked).is_err());
-                let error = refused(asked, IpFamilies::V4).to_string();
-                assert!(error.contains("which is no IP address"), "{error}");
-            }
+            let mut known = with_vips(["172.16.0.100/24", "fd00::100/64"]);
+            known.src.push(bad.to_owned());
+            known.gateways.push(bad.to_owned());
+            assert_eq!(answer(known.clone(), &upstream()), known, "{bad:?}");
+            assert_eq!(unused(&known, IpFamilies::Dual).collect::<Vec<_>>(), [bad]);
+
+            known.dst = list(&["172.16.0.9/24", bad]);
+            let told = answer(known, &upstream());
+            assert!(!told.src.contains(&bad.to_owned()), "{bad:?}");
+            assert_eq!(told.dst, ["172.16.0.2/24", "fd00::2/64"]);
+            assert!(told.src.contains(&"20.0.0.1/32".to_owned()));
         }
-        let vip = IpContext {
-            src: list(&["172.16.0.1/24", "2000::1/128"]),
-            dst: list(&["172.16.0.2/24"]),
-            gateways: list(&["172.16.0.100/24"]),
-            ..IpContext::default()
-        };
-        assert_eq!(
-            refused(vip, IpFamilies::V4).to_string(),
-            "src_ip_addrs of the request holds 2000::1/128, but this trench does not use IPv6"
-        );
     }
 
     #[test]
@@ -387,7 +329,7 @@ mod tests {
             gateways: list(&["172.16.0.10/24", "fd00::10/64"]),
             policies: Vec::new(),
         };
-        let told = answer(asked, &v4, IpFamilies::V4).unwrap();
+        let told = answer(asked, &v4);
         assert_eq!(told.src, ["20.0.0.1/32", "172.16.0.1/24"]);
         assert_eq!(told.dst, ["172.16.0.2/24"]);
     }
@@ -410,13 +352,13 @@ mod tests {
                 policies: vec![policy(&vip, "10.0.0.99")],
             };
             let now = addresses(["10.0.0.1/24", "10.0.0.2/24", "10.0.0.99/24"], V6);
-            let told = answer(asked, &now, IpFamilies::Dual).unwrap();
+            let told = answer(asked, &now);
             for wanted in [&vip, "10.0.0.1/24", "fd00::1/64"] {
                 prop_assert_eq!(told.src.iter().filter(|text| *text == wanted).count(), 1);
             }
             prop_assert!(told.dst.contains(&"10.0.0.2/24".to_owned()));
             prop_assert!(told.gateways.contains(&"10.0.0.99/24".to_owned()));
-            prop_assert_eq!(&answer(told.clone(), &now, IpFamilies::Dual).unwrap(), &told);
+            prop_assert_eq!(&answer(told.clone(), &now), &told);
         }
     }
 

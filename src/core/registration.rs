@@ -188,8 +188,12 @@ impl Registration {
     }
 
     /// The watch of the own entry ended: nsmgr or the registry went away and
-    /// may have forgotten both entries.
+    /// may have forgotten both entries. A refresh can have met that before the
+    /// watch told of it; then its next attempt begins with the service, too.
     pub fn watch_ended(&mut self, now: Instant) {
+        if self.phase == Phase::Endpoint {
+            self.phase = Phase::Service;
+        }
         self.anew(Phase::Service, now);
     }
 
@@ -364,6 +368,22 @@ mod tests {
         let mut machine = registered(t, LIFETIME);
         machine.watch_ended(t + ms(1));
         assert_eq!(machine.next(t + ms(1)), Step::Wait(t + PAUSE_MIN));
+    }
+
+    /// A refresh is under way when nsmgr or the registry goes: it fails first,
+    /// and then the watch ends.
+    #[test]
+    fn a_restart_met_by_a_refresh_registers_the_service_too() {
+        let t = start();
+        let mut machine = registered(t, LIFETIME);
+        let due = t + ms(40_000);
+        assert_eq!(machine.next(due), Step::RegisterEndpoint);
+        machine.endpoint_failed(due);
+        machine.watch_ended(due);
+        assert_eq!(machine.next(due), Step::Wait(due + PAUSE_MIN), "paced");
+        assert_eq!(machine.next(due + PAUSE_MIN), Step::RegisterService);
+        machine.service_answered(Outcome::Done, due + PAUSE_MIN);
+        assert_eq!(machine.next(due + PAUSE_MIN), Step::RegisterEndpoint);
     }
 
     #[test]

@@ -235,7 +235,9 @@ impl<J, C> Targets<J, C> {
             .min()
     }
 
-    fn is_held(&self, lease: &LeaseId) -> bool {
+    /// Whether a connection has, or asks for, the lease.
+    #[must_use]
+    pub fn is_held(&self, lease: &LeaseId) -> bool {
         self.entries
             .values()
             .flat_map(Entry::claims)

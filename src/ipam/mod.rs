@@ -113,8 +113,20 @@ impl IpamHandle {
     /// `acquire` comes first. Never lost: waits while the queue is full, which
     /// is safe because `ipam` waits for no caller.
     pub fn release_later(&self, id: LeaseId) {
+        self.send(Command::ReleaseLater(id));
+    }
+
+    /// Addresses of `id` that an `acquire` brought were not put to use, though
+    /// a predecessor of this process may have told them to their target: they
+    /// are released after ten minutes unless an `acquire` comes first. Never
+    /// lost, as [`IpamHandle::release_later`].
+    pub fn abandon(&self, id: LeaseId) {
+        self.send(Command::Abandon(id));
+    }
+
+    fn send(&self, command: Command) {
         select! {
-            send(self.commands, Command::ReleaseLater(id)) -> _ => {}
+            send(self.commands, command) -> _ => {}
             // IPAM's own expiry is what is left.
             recv(self.ended.receiver()) -> _ => {}
         }

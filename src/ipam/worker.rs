@@ -20,9 +20,11 @@ use crate::sync::clock;
 use crate::sync::stop::Stop;
 use crate::transport::client::Connector;
 
-/// Calls that are in flight at the same time; the others wait for their turn.
-/// As many as a server of gRPC's C core takes on a connection.
-const CALLS_MAX: usize = 256;
+/// Calls that are in flight at the same time; the others wait for their turn
+/// here. IPAM works them off one after the other, behind the lock of its table
+/// (Meridio v1.2.8, pkg/ipam/storage/sqlite): many that wait there, from all
+/// nodes at once, would outlive their deadlines and be repeated, for ever.
+const CALLS_MAX: usize = 32;
 /// Acquires that may wait for IPAM; above it they are answered `Busy`.
 const WAITING_MAX: usize = 2048;
 
@@ -39,6 +41,8 @@ pub(super) enum Command {
     },
     /// See [`super::IpamHandle::release_later`].
     ReleaseLater(LeaseId),
+    /// See [`super::IpamHandle::abandon`].
+    Abandon(LeaseId),
     /// See [`super::IpamHandle::flush`].
     Flush {
         deadline: Instant,
@@ -168,6 +172,7 @@ impl Worker {
                 self.book.acquire(ticket, id, deadline, now)
             }
             Command::ReleaseLater(id) => self.book.release_later(id, now),
+            Command::Abandon(id) => self.book.abandon(id, now),
             Command::Flush { deadline, done } => {
                 self.flushes.push((deadline, done));
                 self.book.flush(now)

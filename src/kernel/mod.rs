@@ -9,6 +9,7 @@ mod monitor;
 pub mod netlink;
 #[cfg(test)]
 mod properties;
+pub mod report;
 pub mod sysctl;
 mod worker;
 #[cfg(test)]
@@ -110,16 +111,6 @@ pub struct KernelOptions {
     /// The hardware address that a new bridge gets; an adopted one keeps its
     /// own.
     pub bridge_mac: [u8; 6],
-}
-
-/// Reads the kernel's state on a socket of the caller's own, for threads that
-/// need to know it once; it changes nothing, which is for `net` alone.
-///
-/// # Errors
-///
-/// When no socket can be had, or the kernel does not answer.
-pub fn observe() -> Result<Observed, KernelError> {
-    Netlink::new(RequestSocket::open()?).snapshot()
 }
 
 /// The two threads of the kernel side. Dropping it stops both.

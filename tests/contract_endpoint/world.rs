@@ -227,6 +227,8 @@ impl Leases for Ipam {
         }));
     }
 
+    fn abandon(&self, _: LeaseId) {}
+
     fn release_later(&self, id: LeaseId) {
         self.released.lock().push(id.to_string());
     }

@@ -8,6 +8,7 @@ use ipnetwork::IpNetwork;
 
 use super::bridge::{Bridge, Change};
 use super::connection::{Connection, Held, Release, Waiter};
+use super::round;
 use super::{
     AcquireError, Action, Addresses, End, Failure, IpamCall, IpamChild, LeaseSettings, Note, Verb,
 };
@@ -94,6 +95,18 @@ impl<E: Clone + Display> LeaseBook<E> {
             connection.release = Some(self.release(now));
         }
         self.settle(id, connection, now);
+        self.take()
+    }
+
+    /// Addresses that an acquire brought were not put to use: they are released
+    /// unless somebody comes back for them (see `round::abandon`).
+    pub fn abandon(&mut self, id: LeaseId, now: Instant) -> Vec<Action<E>> {
+        if let Some(mut connection) = self.connections.remove(&id) {
+            if connection.waiters.is_empty() {
+                round::abandon(&mut connection, now);
+            }
+            self.settle(id, connection, now);
+        }
         self.take()
     }
 

@@ -19,6 +19,7 @@ const LONG: Duration = Duration::from_secs(700);
 enum Op {
     Acquire(usize, u64),
     ReleaseLater(usize),
+    Abandon(usize),
     End(usize, Fate),
     Pass(u64),
 }
@@ -43,6 +44,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         2 => (0..IDS.len(), 1..20_000u64).prop_map(|(id, millis)| Op::Acquire(id, millis)),
         1 => (0..IDS.len()).prop_map(Op::ReleaseLater),
+        1 => (0..IDS.len()).prop_map(Op::Abandon),
         8 => (0..64usize, fate).prop_map(|(call, fate)| Op::End(call, fate)),
         1 => (1..30_000u64).prop_map(Op::Pass),
         2 => (1..300u64).prop_map(Op::Pass),
@@ -94,6 +96,17 @@ impl Model {
             Op::ReleaseLater(id) => {
                 self.wishes.insert(IDS[*id], Wish::Release);
                 self.sim.release_later(IDS[*id]);
+            }
+            Op::Abandon(id) => {
+                let waits = |(ticket, (of, ..)): (&u64, &(usize, Instant, Option<Instant>))| {
+                    of == id && !self.sim.answers.contains_key(ticket)
+                };
+                if !self.acquires.iter().any(waits) {
+                    self.wishes.insert(IDS[*id], Wish::Release);
+                }
+                let now = self.sim.now;
+                let actions = self.sim.book.abandon(LeaseId::new(IDS[*id]), now);
+                self.sim.take(actions);
             }
             Op::End(index, fate) => {
                 if !self.sim.calls.is_empty() {

@@ -162,7 +162,7 @@ impl<E: Clone + Display> LeaseBook<E> {
 
 /// Ends a round that led to nothing; what was allocated is released unless
 /// somebody comes back for it.
-fn abandon(connection: &mut Connection, now: Instant) {
+pub(super) fn abandon(connection: &mut Connection, now: Instant) {
     connection.is_allocating = false;
     connection.renew_at = None;
     if connection.release.is_none() {

@@ -90,6 +90,11 @@ impl Sim {
         self.take(actions);
     }
 
+    pub(super) fn abandon(&mut self, id: &str) {
+        let actions = self.book.abandon(LeaseId::new(id), self.now);
+        self.take(actions);
+    }
+
     pub(super) fn flush(&mut self) {
         let actions = self.book.flush(self.now);
         self.take(actions);

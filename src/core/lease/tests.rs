@@ -269,6 +269,38 @@ fn half_a_lease_is_released_in_the_end() {
 }
 
 #[test]
+fn a_lease_that_was_not_put_to_use_is_released_in_the_end() {
+    let mut sim = Sim::ready();
+    for ticket in [1, 2] {
+        sim.acquire(ticket, "a", secs(10));
+        sim.grant();
+        sim.abandon("a");
+        sim.pass(secs(200));
+    }
+    // Its target came back in between, which counts.
+    sim.allocate("bridge", "172.16.0.1/24");
+    sim.pass(secs(399));
+    sim.allocate("bridge", "172.16.0.1/24");
+    assert!(sim.calls.is_empty(), "{:?}", sim.in_flight());
+    sim.pass(secs(1));
+    assert_eq!(
+        sim.in_flight(),
+        ["Release a-src (IPv4)", "Release a-dst (IPv4)"]
+    );
+    sim.release("a-src", Ok(()));
+    sim.release("a-dst", Ok(()));
+    // Nothing is remembered, nothing of the unknown is released, and whoever
+    // waits meanwhile gets what he waits for.
+    sim.abandon("unknown");
+    sim.acquire(3, "a", secs(10));
+    sim.abandon("a");
+    sim.grant();
+    assert!(sim.answer(3).is_ok());
+    sim.pass(secs(250));
+    assert!(sim.calls.is_empty(), "{:?}", sim.in_flight());
+}
+
+#[test]
 fn what_a_predecessor_allocated_can_be_released() {
     let mut sim = Sim::ready();
     sim.release_later("old");

@@ -31,9 +31,12 @@ use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock::Now;
 
-/// Bound of IPAM's part of a Request. The caller's deadline cannot be read
-/// (grpcio only says whether it has passed), and NSM's callers use 15 s.
+/// Bound of IPAM's part of a first Request. The caller's deadline cannot be
+/// read (grpcio only says whether it has passed), and NSM's callers use 15 s.
 const IPAM_TIMEOUT: Duration = Duration::from_secs(15);
+/// The same for a connection that is up: its addresses are known, and shall be
+/// answered while the caller, whose 15 s began at the target, still listens.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of a connection that are kept: room for ten thousand VIPs with their
 /// source routes.
 const CONNECTION_MAX: u64 = 2 * 1024 * 1024;
@@ -48,6 +51,8 @@ pub trait Leases: Send {
     fn acquire(&self, id: LeaseId, deadline: Instant, answer: Answer);
     /// See [`IpamHandle::release_later`].
     fn release_later(&self, id: LeaseId);
+    /// See [`IpamHandle::abandon`].
+    fn abandon(&self, id: LeaseId);
 }
 
 impl Leases for IpamHandle {
@@ -57,6 +62,10 @@ impl Leases for IpamHandle {
 
     fn release_later(&self, id: LeaseId) {
         IpamHandle::release_later(self, id);
+    }
+
+    fn abandon(&self, id: LeaseId) {
+        IpamHandle::abandon(self, id);
     }
 }
 
@@ -234,12 +243,14 @@ impl Desk {
     fn run(&mut self, id: &SegmentId, task: Task, now: Now) -> Progress {
         match task {
             Task::Request(request, place, call, reply) => {
+                let is_up = self.targets.up(id).is_some();
+                let patience = if is_up { RENEW_TIMEOUT } else { IPAM_TIMEOUT };
                 match self.start_request(id, request, place, &call, now) {
                     Ok(wanted) => {
                         let asked = Asked {
                             wanted,
                             place,
-                            deadline: now.mono + IPAM_TIMEOUT,
+                            deadline: now.mono + patience,
                             call,
                             reply,
                         };

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use log::{debug, info};
+use log::{debug, info, warn};
 
 use super::super::jobs::{Call, Job};
 use super::super::mechanism::{self, Chosen, Link};
@@ -19,7 +19,7 @@ use crate::core::ip_context;
 use crate::core::lease::Addresses;
 use crate::core::targets::Claim;
 use crate::ipam::IpamError;
-use crate::proto::connection::State;
+use crate::proto::connection::{Connection, State};
 use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock::Now;
@@ -59,7 +59,6 @@ impl Desk {
             return Err(RpcError::status(Code::UNKNOWN, text));
         }
         path::trim(&mut connection, place);
-        ip_context::check(&convert::ip_context(&connection)).map_err(|error| unusable(&error))?;
         let claim = Claim {
             lease: path::lease_id(&connection)?,
             ifname: self.interface(id, &link, &connection.network_service)?,
@@ -143,8 +142,11 @@ impl Desk {
     }
 
     fn failed(&mut self, id: &SegmentId, asked: Asked, error: RpcError) {
+        let lease = &asked.wanted.claim.lease;
         if let Some(lease) = self.targets.give_up(id) {
             self.parts.leases.release_later(lease);
+        } else if !self.targets.is_held(lease) {
+            self.parts.leases.abandon(lease.clone());
         }
         refuse(asked.reply, "Request", &asked.call, error);
     }
@@ -178,8 +180,7 @@ impl Desk {
     ) -> Result<Option<descriptor::Named>, RpcError> {
         let connection = &mut wanted.connection;
         let context = convert::ip_context(connection);
-        let answer = ip_context::answer(context, addresses, self.parts.families)
-            .map_err(|error| unusable(&error))?;
+        let answer = ip_context::answer(context, addresses);
         convert::set_ip_context(connection, answer, self.parts.mtu);
         let Some(ifname) = &wanted.claim.ifname else {
             mechanism::set(connection, wanted.mechanism.clone(), None);
@@ -210,6 +211,7 @@ impl Desk {
         // when the token before ours expires, never before NSM would.
         let life = path::previous_expires(connection, place)
             .map_or(Duration::ZERO, |at| now.until(at).min(LIFE_MAX));
+        self.warn_of_unused(id, connection, claim);
         let before = self.targets.up(id).map(|up| up.claim.clone());
         let release = self
             .targets
@@ -234,10 +236,39 @@ impl Desk {
         self.monitors.update(connection);
         log_up(id, claim, addresses, before.is_none());
     }
-}
 
-fn unusable(error: &ip_context::ContextError) -> RpcError {
-    RpcError::status(Code::INVALID_ARGUMENT, error.to_string())
+    /// What a target has that is of no use here is passed through, since the
+    /// rest of it works; that it is there is worth one line.
+    fn warn_of_unused(&self, id: &SegmentId, connection: &Connection, claim: &Claim) {
+        let context = convert::ip_context(connection);
+        let mut odd = ip_context::unused(&context, self.parts.families).peekable();
+        if odd.peek().is_none() {
+            return;
+        }
+        let odd: Vec<&str> = odd.collect();
+        let before = self
+            .targets
+            .up(id)
+            .map(|up| convert::ip_context(&up.connection));
+        let known = before.is_some_and(|before| {
+            ip_context::unused(&before, self.parts.families).eq(odd.iter().copied())
+        });
+        if known {
+            return;
+        }
+        // The texts are a peer's: bounded, and escaped.
+        let shown: String = odd
+            .iter()
+            .flat_map(|text| text.chars().chain([' ']))
+            .take(256)
+            .collect();
+        warn!(
+            connection = id.as_str(), target = claim.lease.as_str();
+            "a target has {} addresses that are none, or of a family that this trench does not \
+             use; they are passed on as they are: {:?}",
+            odd.len(), shown.trim_end()
+        );
+    }
 }
 
 fn internal(what: &str, error: &io::Error) -> RpcError {

@@ -91,6 +91,9 @@ struct State {
     store: Store,
     delay: BTreeMap<&'static str, Duration>,
     child_delay: BTreeMap<String, Duration>,
+    /// How long each call keeps the table, and until when it is kept.
+    turn: Duration,
+    kept_until: Option<Instant>,
     failure: Option<String>,
     prefix_override: Option<Prefix>,
     calls: Vec<Call>,
@@ -119,6 +122,8 @@ impl Ipam {
                 store,
                 delay: BTreeMap::new(),
                 child_delay: BTreeMap::new(),
+                turn: Duration::ZERO,
+                kept_until: None,
                 failure: None,
                 prefix_override: None,
                 calls: Vec::new(),
@@ -174,6 +179,12 @@ impl Ipam {
     pub fn set_child_delay(&self, child: &str, delay: Duration) {
         let mut state = self.0.core.state.lock();
         state.child_delay.insert(child.to_owned(), delay);
+    }
+
+    /// Works the calls off one after the other, each in this time, as the real
+    /// one does behind the lock of its table.
+    pub fn set_turn(&self, turn: Duration) {
+        self.0.core.state.lock().turn = turn;
     }
 
     /// Allocates without a call, for others than the proxy.
@@ -293,6 +304,9 @@ impl Core {
             .max()
             .copied()
             .unwrap_or_default();
+        let free = state.kept_until.map_or(now, |until| until.max(now));
+        let due = free + state.turn + delay;
+        state.kept_until = Some(free + state.turn);
         let number = state.calls.len();
         state.calls.push(Call {
             verb,
@@ -306,7 +320,7 @@ impl Core {
             number,
             verb,
             child,
-            due: now + delay,
+            due,
             answer: answer.clone(),
         };
         if jobs.try_send(job).is_err() {

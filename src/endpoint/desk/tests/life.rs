@@ -34,7 +34,7 @@ fn a_first_request_is_answered_completely() {
         "the target's segment is untouched"
     );
     assert_eq!(segments[1].token, "fwd>us@1600");
-    assert_eq!(segments[1].expires.seconds, 1_600);
+    assert_eq!(segments[1].expires.seconds, 1_500);
     assert_eq!(
         (segments[2].name.as_str(), segments[2].token.as_str()),
         ("us", "us>fwd@1600")
@@ -129,7 +129,12 @@ fn a_connection_from_before_a_restart_keeps_its_id_interface_and_addresses() {
     let mut before = Bench::new();
     let answer = before.connect(Bench::request_of("t1", "f1", None), 2);
     let mut after = Bench::new();
-    let again = after.connect(refresh(&answer), 2);
+    let mut request = refresh(&answer);
+    // What is right of our own segment is nobody's any more.
+    let path = request.connection.mut_or_insert_default().path.as_mut();
+    path.unwrap().path_segments.push(PathSegment::default());
+    let again = after.connect(request, 2);
+    assert_eq!(again.path.path_segments.len(), 3);
     assert_eq!(again.path.path_segments[2].id, own_id(&answer));
     assert_eq!(again.mechanism, answer.mechanism);
     assert_eq!(again.context, answer.context);
@@ -260,7 +265,7 @@ fn a_connection_that_is_not_refreshed_is_closed() {
     let mut bench = Bench::new();
     let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
     let _ = bench.facts();
-    let expiry = bench.now.mono + Duration::from_secs(600);
+    let expiry = bench.now.mono + Duration::from_secs(500);
     assert_eq!(bench.desk.next_deadline(), Some(expiry));
     bench.now.mono = expiry;
     // A refresh is under way when the time comes: it counts.
@@ -269,7 +274,7 @@ fn a_connection_that_is_not_refreshed_is_closed() {
     assert_eq!(bench.desk.next_deadline(), None, "told once");
     bench.ipam_answers(Ok(lease(2)));
     assert!(answered(&mut late).unwrap().is_ok());
-    let expiry = expiry + Duration::from_secs(600);
+    let expiry = expiry + Duration::from_secs(500);
     assert_eq!(bench.desk.next_deadline(), Some(expiry));
     let _ = (bench.facts(), bench.ipam_log());
     bench.now.mono = expiry;
@@ -327,4 +332,22 @@ fn a_link_without_interface() {
     answered(&mut bench.send_close(answer)).unwrap().unwrap();
     assert!(bench.facts().is_empty(), "no port was brought");
     assert_eq!(bench.ipam_log(), ["acquire t1", "release t1"]);
+}
+
+#[test]
+fn a_vip_that_is_of_no_use_here_costs_the_target_nothing() {
+    let mut bench = Bench::new();
+    let up = bench.connect(Bench::request_of("t1", "f1", None), 2);
+    let mut update = refresh(&up);
+    let connection = update.connection.mut_or_insert_default();
+    let context = connection.context.mut_or_insert_default();
+    let ip = context.ip_context.mut_or_insert_default();
+    for vip in ["20.0.0.1/32", "2000::1/128", "no address"] {
+        ip.src_ip_addrs.push(vip.to_owned());
+    }
+    let asked = ip.clone();
+    for _ in 0..2 {
+        let answer = bench.connect(update.clone(), 2);
+        assert_eq!(*answer.context.ip_context, asked);
+    }
 }

@@ -33,6 +33,7 @@ use crate::sync::clock;
 #[derive(Default)]
 struct Script {
     log: Vec<String>,
+    deadlines: Vec<Instant>,
     owed: VecDeque<(String, Answer)>,
 }
 
@@ -40,14 +41,19 @@ struct Script {
 struct Ipam(Arc<Mutex<Script>>);
 
 impl Leases for Ipam {
-    fn acquire(&self, id: LeaseId, _deadline: Instant, answer: Answer) {
+    fn acquire(&self, id: LeaseId, deadline: Instant, answer: Answer) {
         let mut script = self.0.lock();
+        script.deadlines.push(deadline);
         script.log.push(format!("acquire {id}"));
         script.owed.push_back((id.to_string(), answer));
     }
 
     fn release_later(&self, id: LeaseId) {
         self.0.lock().log.push(format!("release {id}"));
+    }
+
+    fn abandon(&self, id: LeaseId) {
+        self.0.lock().log.push(format!("abandon {id}"));
     }
 }
 
@@ -113,7 +119,8 @@ impl Bench {
             session: self.session.clone(),
             token: Some(PeerToken {
                 jwt: "fwd>us@1600".to_owned(),
-                expires: UNIX_EPOCH + Duration::from_secs(1_600),
+                // Sooner than our own token, which does not count.
+                expires: UNIX_EPOCH + Duration::from_secs(1_500),
             }),
             is_over: Arc::new(move || over.load(Ordering::Relaxed)),
         }
