@@ -15,7 +15,7 @@ use super::event::Event;
 use super::family::{Family, IpFamilies, PerFamily};
 use super::ids::{IfIndex, IfName, PortKey};
 use super::observed::{Observed, RouteKind};
-use super::op::{BRIDGE, KernelOp, route_metric};
+use super::op::{KernelOp, route_metric};
 
 /// Most next hops of a route: what a netlink attribute's 16-bit length holds
 /// many times over, and more LBs than a trench has.
@@ -238,7 +238,7 @@ impl Dataplane {
         });
         let mut holders: BTreeMap<&IfName, Vec<&PortKey>> = BTreeMap::new();
         for (key, port) in &self.ports {
-            if !may_be_port(&port.ifname) {
+            if port.ifname.is_the_pods() {
                 warnings.insert(Warning::PortRefused {
                     key: key.clone(),
                     port: port.ifname.clone(),
@@ -275,7 +275,7 @@ impl Dataplane {
         let bridge = observed.bridge().map(|link| link.index);
         for (key, port) in self.lbs() {
             let refused = self.not_attached.contains(&port.ifname);
-            let carries = may_be_port(&port.ifname)
+            let carries = !port.ifname.is_the_pods()
                 && observed.named(&port.ifname).is_some_and(|link| {
                     link.up && link.carrier && (!refused || link.master == bridge)
                 });
@@ -421,7 +421,7 @@ impl Dataplane {
     fn neighbours_to_forget(&self, observed: &Observed) -> BTreeSet<IpAddr> {
         self.ports
             .values()
-            .filter(|port| may_be_port(&port.ifname) && observed.named(&port.ifname).is_some())
+            .filter(|port| !port.ifname.is_the_pods() && observed.named(&port.ifname).is_some())
             .flat_map(|port| self.neighbours(port))
             .filter(|peer| self.stale.contains(peer))
             .collect()
@@ -434,11 +434,6 @@ fn link_local(mac: [u8; 6]) -> Option<IpNetwork> {
     let host = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     let bits = u128::from(u64::from_be_bytes(host)) | 0xfe80 << 112;
     IpNetwork::new(Ipv6Addr::from(bits).into(), 64).ok()
-}
-
-/// The bridge itself and the loopback cannot be ports, whoever says so.
-fn may_be_port(name: &IfName) -> bool {
-    name.as_str() != BRIDGE && name.as_str() != "lo"
 }
 
 /// Whether the address stands for the subnet and not for a host in it.
