@@ -22,6 +22,7 @@ if ! reason=$(unshare $flags true 2>&1); then
 		  In a container: run it privileged, or with CAP_SYS_ADMIN and CAP_NET_ADMIN.
 		  As an ordinary user: the sysctls kernel.unprivileged_userns_clone and
 		  kernel.apparmor_restrict_unprivileged_userns decide; or run as root.
+		  "No space left on device": the sysctl user.max_net_namespaces is too low.
 	EOT
 	exit 1
 fi

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use meridio_proxy::sync::clock;
@@ -19,6 +20,12 @@ const TCP_THREADS: usize = 4;
 const UDP_BATCH: usize = 50;
 /// How long one flow may wait for its answer.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// TCP flows come from these ports in turn, below those that the kernel chooses
+/// itself: of its own choice it uses one again as soon as the flow is over, and
+/// flows would not differ.
+const TCP_PORTS: std::ops::Range<u16> = 10_000..30_000;
+
+static NEXT_PORT: AtomicUsize = AtomicUsize::new(0);
 
 /// What became of the flows.
 #[derive(Debug, Clone, Default)]
@@ -121,7 +128,8 @@ fn tcp_share(to: SocketAddr, numbers: impl Iterator<Item = usize>) -> (Burst, Ve
 }
 
 fn tcp_flow(to: SocketAddr, number: usize) -> io::Result<(String, u16)> {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    let turn = NEXT_PORT.fetch_add(1, Ordering::Relaxed) % TCP_PORTS.len();
+    let mut stream = sock::connect_tcp(TCP_PORTS.start + turn as u16, to, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let sent = format!("{number:08}:");
     stream.write_all(sent.as_bytes())?;

@@ -229,16 +229,21 @@ fn end(lab: &mut Topology, verdict: &mut Verdict) -> Result<(), String> {
     let refusals = lab.nsmgr.refusals();
     verdict.check(
         refusals.is_empty(),
-        format!("nsmgr refused {} calls {refusals:?}", refusals.len()),
+        match refusals.len() {
+            0 => "nsmgr refused no call".to_owned(),
+            count => format!("nsmgr refused {count} calls: {}", refusals.join("; ")),
+        },
     );
     let begun = clock::now();
     let daemon = lab.stop_daemon(Duration::from_secs(28))?;
     let status = daemon.wait_exit(Duration::ZERO);
+    let how = status.map_or("no end".to_owned(), |status| status.to_string());
     verdict.check(
         status.is_some_and(|status| status.success()),
         format!(
-            "SIGTERM: stopped after {:.1} s with {status:?}",
-            begun.elapsed().as_secs_f64()
+            "SIGTERM: stopped after {:.1} s, {}",
+            begun.elapsed().as_secs_f64(),
+            how.replace(": ", " ")
         ),
     );
     Ok(())

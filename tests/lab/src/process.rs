@@ -61,6 +61,8 @@ struct State {
     lines: VecDeque<String>,
     /// Lines that were dropped from the front.
     dropped: usize,
+    /// The last line was read. The end may be known before.
+    is_read: bool,
     exit: Option<ExitStatus>,
 }
 
@@ -105,6 +107,8 @@ impl Daemon {
         };
         let read = threads.spawn("daemon-log", STACK_SMALL, move |_| {
             log.read(reader, copy.as_mut());
+            log.state.lock().is_read = true;
+            log.changed.notify_all();
         })?;
         let pid = started.recv().map_err(io::Error::other)?.map_err(|error| {
             let binary = options.binary.display();
@@ -184,7 +188,7 @@ impl Daemon {
     }
 
     /// The first line, from number `since` on, that `wanted` accepts, if it
-    /// comes within `limit` and before the daemon's end.
+    /// comes within `limit` and before the log's end.
     #[must_use]
     pub fn wait_line(
         &self,
@@ -199,7 +203,7 @@ impl Daemon {
             next = state.dropped + state.lines.len();
             found
                 .map(|line| Some(line.clone()))
-                .or(state.exit.map(|_| None))
+                .or(state.is_read.then_some(None))
         });
         found.flatten()
     }

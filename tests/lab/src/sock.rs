@@ -1,9 +1,10 @@
 //! UDP sockets that can be bound before their address exists, and that tell
-//! the DSCP field of what they receive.
+//! the DSCP field of what they receive; TCP connections from a chosen port.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::time::Duration;
 
 /// A datagram's length, where it came from and its DSCP field.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +47,33 @@ pub fn bind(local: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
+/// A TCP connection to `to` from the port `from`; connecting and each write may
+/// take `patience`.
+pub fn connect_tcp(from: u16, to: SocketAddr, patience: Duration) -> io::Result<TcpStream> {
+    let (family, any) = match to {
+        SocketAddr::V4(_) => (libc::AF_INET, IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        SocketAddr::V6(_) => (libc::AF_INET6, IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
+    };
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    // SAFETY: socket takes no pointers.
+    let fd = unsafe { libc::socket(family, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned by socket and is owned by nobody.
+    let stream = unsafe { TcpStream::from_raw_fd(fd) };
+    // It bounds connect, too (socket(7)).
+    stream.set_write_timeout(Some(patience))?;
+    set(&stream, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    let (local, length) = to_raw(SocketAddr::new(any, from));
+    // SAFETY: `local` is a live socket address of at least `length` bytes.
+    crate::netns::check(unsafe { libc::bind(fd, (&raw const local).cast(), length) })?;
+    let (remote, length) = to_raw(to);
+    // SAFETY: `remote` is a live socket address of at least `length` bytes.
+    crate::netns::check(unsafe { libc::connect(fd, (&raw const remote).cast(), length) })?;
+    Ok(stream)
+}
+
 /// Lets this process open as many descriptors as it may: a thousand flows are
 /// more than the usual limit.
 pub fn raise_descriptor_limit() -> io::Result<()> {
@@ -66,7 +94,7 @@ pub fn set_receive_buffer(socket: &UdpSocket, bytes: i32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, bytes)
 }
 
-fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) -> io::Result<()> {
+fn set(socket: &impl AsRawFd, level: i32, option: i32, value: i32) -> io::Result<()> {
     // SAFETY: the option is read from `value`, whose size is given.
     crate::netns::check(unsafe {
         libc::setsockopt(

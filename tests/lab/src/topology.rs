@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -191,6 +192,21 @@ impl Topology {
     /// The running daemon.
     pub fn daemon(&self) -> Result<&Daemon, String> {
         (self.daemon.as_ref()).ok_or_else(|| "the daemon is not running".to_owned())
+    }
+
+    /// The authority that everyone's certificate is of.
+    #[must_use]
+    pub fn pki(&self) -> &Pki {
+        &self.pki
+    }
+
+    /// The socket that the daemon's endpoint listens on.
+    pub fn endpoint_socket(&self) -> Result<PathBuf, String> {
+        let tmp = self.dir.path().join("tmp");
+        let entries = std::fs::read_dir(&tmp).map_err(text)?.flatten();
+        let mut sockets = entries.map(|entry| entry.path().join("listen.on"));
+        (sockets.find(|path| path.exists()))
+            .ok_or_else(|| format!("no socket of an endpoint below {}", tmp.display()))
     }
 
     /// The VIPs now.

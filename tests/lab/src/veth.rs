@@ -97,9 +97,16 @@ impl VethDatapath {
             endpoint: far,
             policies: BTreeMap::new(),
         };
-        pair.endpoint.christen(&endpoint.alias)?;
-        pair.client.christen(&client.alias)?;
-        Ok(pair)
+        let named = (pair.endpoint.christen(&endpoint.alias))
+            .and_then(|()| pair.client.christen(&client.alias));
+        match named {
+            Ok(()) => Ok(pair),
+            // Under a name of its own nobody would find it any more.
+            Err(error) => {
+                pair.delete();
+                Err(error)
+            }
+        }
     }
 }
 
