@@ -8,7 +8,7 @@
 //! for after that does not show it renewed. Absence alone proves nothing.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::ids::EndpointName;
 
@@ -23,10 +23,6 @@ pub const LIST_INTERVAL: Duration = Duration::from_secs(60);
 /// Pause before a list is asked for again that failed, or was not enough.
 const LIST_RETRY: Duration = Duration::from_secs(10);
 
-/// Two ends of a registration that are closer than this are the same: they
-/// were carried over from the wall clock at different moments.
-const SAME: Duration = Duration::from_secs(1);
-
 /// Endpoints that are connected at most: each costs a thread, and a registry
 /// must not be able to exhaust them.
 pub const MOST: usize = 512;
@@ -34,14 +30,24 @@ pub const MOST: usize = 512;
 /// Longest name that is taken, in bytes.
 const NAME_MAX: usize = 253;
 
+/// The end of a registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expiry {
+    /// As the registry told it. Ends are compared by this, so that a step of
+    /// our wall clock makes no renewal look like old news.
+    pub told: SystemTime,
+    /// Carried over to the monotonic clock; may be past.
+    pub at: Instant,
+}
+
 /// What an answer of the registry says of one endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sighting {
     /// The endpoint's name, as sent.
     pub name: String,
-    /// When its registration ends; may be past. `None`: it has no end, which
-    /// the registry uses for endpoints that are gone.
-    pub expires: Option<Instant>,
+    /// When its registration ends. `None`: it has no end, which the registry
+    /// uses for endpoints that are gone.
+    pub expires: Option<Expiry>,
     /// The registry said that it is deleted.
     pub deleted: bool,
 }
@@ -96,14 +102,14 @@ impl std::fmt::Display for Refused {
 #[derive(Debug)]
 enum Entry {
     Connected {
-        /// The end of the registration as last told.
-        expires: Instant,
+        /// The latest end of the registration that was told.
+        told: SystemTime,
         /// From then on a list that does not renew it is its end.
         doubtful_at: Instant,
     },
     /// Its session is closing; `again` when the endpoint was seen meanwhile.
     /// Two sessions must never share the connection's id.
-    Closing { again: Option<Instant> },
+    Closing { again: Option<Expiry> },
 }
 
 /// The set of LBs, owned by `lb-watch`.
@@ -162,20 +168,20 @@ impl Mesh {
     fn alive(
         &mut self,
         name: EndpointName,
-        expires: Instant,
+        expires: Expiry,
         now: Instant,
     ) -> Result<Option<MeshAction>, Refused> {
         let full = self.entries.len() >= MOST;
         match self.entries.get_mut(&name) {
             Some(Entry::Connected {
-                expires: known,
+                told: known,
                 doubtful_at,
             }) => {
                 // A later end is a sign of life even if it is past by our
                 // clock: clocks differ.
-                if expires > *known + SAME {
-                    *known = expires;
-                    *doubtful_at = expires.max(now) + GRACE;
+                if expires.told > *known {
+                    *known = expires.told;
+                    *doubtful_at = expires.at.max(now) + GRACE;
                 }
                 Ok(None)
             }
@@ -188,10 +194,10 @@ impl Mesh {
         }
     }
 
-    fn connect(&mut self, name: EndpointName, expires: Instant, now: Instant) -> MeshAction {
+    fn connect(&mut self, name: EndpointName, expires: Expiry, now: Instant) -> MeshAction {
         let entry = Entry::Connected {
-            expires,
-            doubtful_at: expires.max(now) + GRACE,
+            told: expires.told,
+            doubtful_at: expires.at.max(now) + GRACE,
         };
         self.entries.insert(name.clone(), entry);
         MeshAction::Connect(name)
@@ -286,203 +292,4 @@ fn is_usable(name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    struct Registry {
-        mesh: Mesh,
-        zero: Instant,
-    }
-
-    impl Registry {
-        #[expect(clippy::disallowed_methods, reason = "the start of virtual time")]
-        fn new() -> Self {
-            let zero = Instant::now();
-            Self {
-                mesh: Mesh::new(zero),
-                zero,
-            }
-        }
-
-        fn at(&self, second: u32) -> Instant {
-            self.zero + SECOND * second
-        }
-
-        /// At `second` the registry shows `name` until `expires`.
-        fn shows(&mut self, second: u32, name: &str, expires: u32) -> Option<MeshAction> {
-            let sighting = Sighting {
-                name: name.to_owned(),
-                expires: Some(self.at(expires)),
-                deleted: false,
-            };
-            self.mesh.seen(&sighting, self.at(second)).unwrap()
-        }
-
-        fn deletes(&mut self, second: u32, name: &str) -> Option<MeshAction> {
-            let sighting = Sighting {
-                name: name.to_owned(),
-                expires: Some(self.at(second + 60)),
-                deleted: true,
-            };
-            self.mesh.seen(&sighting, self.at(second)).unwrap()
-        }
-    }
-
-    fn connect(name: &str) -> Option<MeshAction> {
-        Some(MeshAction::Connect(EndpointName::new(name)))
-    }
-
-    fn disconnect(name: &str, why: Gone) -> Option<MeshAction> {
-        Some(MeshAction::Disconnect(EndpointName::new(name), why))
-    }
-
-    #[test]
-    fn repeated_sightings_connect_once_and_a_deletion_ends() {
-        let mut r = Registry::new();
-        assert_eq!(r.shows(0, "a", 60), connect("a"));
-        assert_eq!(r.shows(0, "a", 60), None);
-        assert_eq!(r.shows(1, "b", 60), connect("b"));
-        assert_eq!(r.deletes(2, "a"), disconnect("a", Gone::Deleted));
-        assert_eq!(r.deletes(2, "a"), None);
-        assert_eq!(r.deletes(2, "never-seen"), None);
-        assert_eq!(r.mesh.names().count(), 1);
-        assert_eq!(r.deletes(3, "b"), disconnect("b", Gone::Deleted));
-        assert_eq!(r.mesh.names().count(), 0);
-        let now = r.at(4);
-        assert_eq!(r.mesh.ended(&EndpointName::new("b"), now), None);
-    }
-
-    #[test]
-    fn an_endpoint_without_an_end_is_gone() {
-        let mut r = Registry::new();
-        let _ = r.shows(0, "a", 60);
-        let sighting = Sighting {
-            name: "a".to_owned(),
-            expires: None,
-            deleted: false,
-        };
-        let now = r.at(1);
-        assert_eq!(
-            r.mesh.seen(&sighting, now),
-            Ok(disconnect("a", Gone::Deleted))
-        );
-    }
-
-    #[test]
-    fn an_endpoint_that_returns_waits_for_the_close_of_its_old_session() {
-        let mut r = Registry::new();
-        let a = EndpointName::new("a");
-        let _ = r.shows(0, "a", 60);
-        let _ = r.deletes(1, "a");
-        assert_eq!(r.shows(2, "a", 90), None);
-        let now = r.at(3);
-        assert_eq!(r.mesh.ended(&a, now), connect("a"));
-        let _ = r.deletes(4, "a");
-        let _ = r.shows(5, "a", 90);
-        assert_eq!(r.deletes(6, "a"), None, "gone again before the close ended");
-        assert_eq!(r.mesh.ended(&a, now), None);
-        assert_eq!(r.mesh.names().count(), 0);
-        assert_eq!(r.mesh.ended(&a, now), None);
-    }
-
-    #[test]
-    fn expiry_needs_grace_and_a_fresh_list() {
-        let mut r = Registry::new();
-        let _ = r.shows(0, "a", 30);
-        let _ = r.shows(0, "b", 600);
-        // Periodic lists that begin before the grace is over prove nothing.
-        let t = r.at(60);
-        assert!(r.mesh.list_due(t) && !r.mesh.list_due(t));
-        assert!(r.mesh.listed().is_empty());
-        let t = r.at(120);
-        assert_eq!(r.mesh.next_deadline(), t, "30 s plus the grace");
-        assert!(r.mesh.list_due(t));
-        assert_eq!(r.shows(120, "b", 600), None);
-        assert_eq!(
-            r.mesh.listed(),
-            vec![disconnect("a", Gone::Expired).unwrap()]
-        );
-    }
-
-    #[test]
-    fn a_renewal_in_the_list_saves_and_absence_alone_proves_nothing() {
-        let mut r = Registry::new();
-        let _ = r.shows(0, "a", 30);
-        let _ = r.shows(0, "absent", 3600);
-        let t = r.at(120);
-        assert!(r.mesh.list_due(t));
-        assert_eq!(r.shows(121, "a", 180), None);
-        assert!(r.mesh.listed().is_empty());
-        assert_eq!(r.mesh.names().count(), 2);
-    }
-
-    #[test]
-    fn a_renewal_by_a_clock_that_is_behind_is_a_sign_of_life() {
-        let mut r = Registry::new();
-        let base = r.zero;
-        let _ = r.shows(200, "a", 100);
-        for k in 0..10u32 {
-            // Always expired by our clock, but renewed every 40 s.
-            assert_eq!(r.shows(240 + 40 * k, "a", 140 + 40 * k), None);
-            let t = base + SECOND * (241 + 40 * k);
-            if r.mesh.list_due(t) {
-                assert!(r.mesh.listed().is_empty());
-            }
-        }
-        // The same end, carried over a moment later, is none.
-        let mut r = Registry::new();
-        let _ = r.shows(200, "a", 100);
-        let sighting = Sighting {
-            name: "a".to_owned(),
-            expires: Some(r.at(100) + Duration::from_micros(30)),
-            deleted: false,
-        };
-        let t = r.at(289);
-        let _ = r.mesh.seen(&sighting, t);
-        let t = r.at(290);
-        assert!(r.mesh.list_due(t));
-        assert_eq!(r.mesh.listed().len(), 1);
-    }
-
-    #[test]
-    fn a_failed_list_proves_nothing_and_is_not_repeated_at_once() {
-        let mut r = Registry::new();
-        let _ = r.shows(0, "a", 10);
-        let t = r.at(100);
-        assert!(r.mesh.list_due(t));
-        r.mesh.list_failed(t);
-        assert!(r.mesh.listed().is_empty());
-        let soon = r.at(109);
-        assert!(!r.mesh.list_due(soon));
-        let later = r.at(110);
-        assert_eq!(r.mesh.next_deadline(), later);
-        assert!(r.mesh.list_due(later));
-        assert_eq!(r.mesh.listed().len(), 1);
-    }
-
-    #[test]
-    fn hostile_names_and_floods_are_refused() {
-        let mut r = Registry::new();
-        let now = r.at(0);
-        let long = "x".repeat(NAME_MAX + 1);
-        for name in ["", "a b", "a\nb", "\u{1b}[0m", "é", long.as_str()] {
-            let sighting = Sighting {
-                name: name.to_owned(),
-                expires: Some(now),
-                deleted: false,
-            };
-            assert_eq!(r.mesh.seen(&sighting, now), Err(Refused::Name), "{name:?}");
-        }
-        for n in 0..MOST {
-            assert!(r.shows(0, &format!("lb-{n}"), 60).is_some());
-        }
-        let sighting = Sighting {
-            name: "one-more".to_owned(),
-            expires: Some(r.at(60)),
-            deleted: false,
-        };
-        assert_eq!(r.mesh.seen(&sighting, now), Err(Refused::TooMany));
-    }
-}
+mod tests;

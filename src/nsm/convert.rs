@@ -12,7 +12,7 @@ use crate::core::family::Family;
 use crate::core::ids::IfName;
 use crate::core::lb_session::{Established, Monitored, Plan};
 use crate::core::lease::{Addresses, Lease};
-use crate::core::mesh::Sighting;
+use crate::core::mesh::{Expiry, Sighting};
 use crate::proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, PathSegment,
     State,
@@ -325,7 +325,10 @@ pub(super) fn sighting(
     let expires = endpoint.expiration_time.as_ref().and_then(path::time);
     Some(Sighting {
         name: endpoint.name,
-        expires: expires.map(|at| path::monotonic(at, now)),
+        expires: expires.map(|told| Expiry {
+            told,
+            at: path::monotonic(told, now),
+        }),
         deleted: response.deleted,
     })
 }

@@ -413,10 +413,10 @@ fn registry_answers() {
     let wall = now.wall.duration_since(SystemTime::UNIX_EPOCH).unwrap();
     let unix = i64::try_from(wall.as_secs()).unwrap();
 
-    let later = read(endpoint(Some(unix + 60))).unwrap().expires.unwrap();
+    let later = read(endpoint(Some(unix + 60))).unwrap().expires.unwrap().at;
     let left = later.duration_since(now.mono);
     assert!(left > Duration::from_secs(58) && left <= Duration::from_secs(60));
-    let past = read(endpoint(Some(unix - 60))).unwrap().expires.unwrap();
+    let past = read(endpoint(Some(unix - 60))).unwrap().expires.unwrap().at;
     assert!(now.mono.duration_since(past) >= Duration::from_secs(60));
     assert!(read(endpoint(Some(i64::MAX))).unwrap().expires.is_some());
     for gone in [None, Some(-1), Some(i64::MIN)] {
