@@ -37,6 +37,9 @@ const ALIVE_LIMIT: Duration = Duration::from_secs(20);
 /// Bound of taking down the connection to the own endpoint.
 const CLOSE_LIMIT: Duration = Duration::from_millis(100);
 
+/// Codes that gRPC makes up when no answer came.
+const NO_ANSWER: [Code; 3] = [Code::CANCELLED, Code::DEADLINE_EXCEEDED, Code::UNAVAILABLE];
+
 /// What the thread watches.
 pub struct ProbeOptions {
     /// The connection to IPAM.
@@ -98,6 +101,8 @@ struct Peer {
     call: Option<Call>,
     judge: Judge,
     due: Instant,
+    /// The last question had no connection to be asked on.
+    unasked: bool,
 }
 
 /// A question under way. It does not keep its connection: a rotation ends both.
@@ -147,15 +152,17 @@ impl Peer {
             },
             connector,
             due: clock::now(),
+            unasked: false,
         }
     }
 
     fn changed(&mut self) {
-        self.judge.connection(self.connector.state().get());
-        if self.judge.silent.is_some() {
-            // It may be another connection already.
+        // It may be another connection already, and one that nothing was asked
+        // on yet.
+        if self.judge.silent.is_some() || self.unasked {
             self.due = clock::now();
         }
+        self.judge.connection(self.connector.state().get());
     }
 
     /// Takes the answer to the last question. That a call failed says nothing
@@ -181,7 +188,9 @@ impl Peer {
         if self.call.is_some() {
             return;
         }
-        let Ok(connection) = self.connector.current() else {
+        let connection = self.connector.current();
+        self.unasked = connection.is_err();
+        let Ok(connection) = connection else {
             return;
         };
         let answers = self.answers.0.clone();
@@ -200,12 +209,11 @@ impl Peer {
     }
 }
 
-/// Every answer that the peer itself gave shows that it is alive.
+/// Every answer that the peer itself gave shows that it is alive; a call that
+/// was cancelled, as by a server that ends, is none.
 fn alive<T>(result: &Result<Reply<T>, RpcError>) -> Alive {
     match result {
-        Err(error @ RpcError::Status { code, .. })
-            if [Code::DEADLINE_EXCEEDED, Code::UNAVAILABLE].contains(code) =>
-        {
+        Err(error @ RpcError::Status { code, .. }) if NO_ANSWER.contains(code) => {
             Err(format!("no sign of life: {error}"))
         }
         Err(error @ RpcError::Library(_)) => Err(error.to_string()),
@@ -341,7 +349,7 @@ mod tests {
         for code in [Code::UNIMPLEMENTED, Code::NOT_FOUND, Code::INTERNAL] {
             assert_eq!(alive(&status(code)), Ok(()), "{code:?}");
         }
-        for code in [Code::DEADLINE_EXCEEDED, Code::UNAVAILABLE] {
+        for code in NO_ANSWER {
             assert!(alive(&status(code)).is_err(), "{code:?}");
         }
     }
