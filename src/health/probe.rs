@@ -98,17 +98,11 @@ struct Peer {
     connector: Connector,
     changes: Receiver<()>,
     answers: (Sender<Alive>, Receiver<Alive>),
-    call: Option<Call>,
+    call: Option<CancelGuard>,
     judge: Judge,
     due: Instant,
-    /// The last question had no connection to be asked on.
-    unasked: bool,
-}
-
-/// A question under way. It does not keep its connection: a rotation ends both.
-struct Call {
-    connection: Weak<Connection>,
-    _guard: CancelGuard,
+    /// What the last question was asked on.
+    asked_on: Weak<Connection>,
 }
 
 /// What is known of a peer.
@@ -152,29 +146,30 @@ impl Peer {
             },
             connector,
             due: clock::now(),
-            unasked: false,
+            asked_on: Weak::new(),
         }
     }
 
     fn changed(&mut self) {
-        // It may be another connection already, and one that nothing was asked
-        // on yet.
-        if self.judge.silent.is_some() || self.unasked {
+        self.judge.connection(self.connector.state().get());
+        if self.is_replaced() {
+            self.judge.silent = None;
             self.due = clock::now();
         }
-        self.judge.connection(self.connector.state().get());
     }
 
-    /// Takes the answer to the last question. That a call failed says nothing
-    /// when its connection has been replaced, or is ending: a connection that
-    /// is lost, or rotated away, takes the call with it.
+    /// Whether there is another connection than the one last asked on.
+    fn is_replaced(&self) -> bool {
+        let current = self.connector.current();
+        current.is_ok_and(|now| !self.asked_on.ptr_eq(&Arc::downgrade(&now)))
+    }
+
+    /// Takes the answer to the last question. It says nothing when its
+    /// connection has been replaced, or is ending: a connection that is lost,
+    /// or rotated away, takes the call with it.
     fn answered(&mut self, answer: Alive) {
-        let asked = self.call.take().map(|call| call.connection);
-        let is_current = self
-            .connector
-            .current()
-            .is_ok_and(|now| asked.is_some_and(|asked| asked.ptr_eq(&Arc::downgrade(&now))));
-        if answer.is_err() && !is_current {
+        self.call = None;
+        if self.is_replaced() || self.connector.current().is_err() {
             self.judge.silent = None;
             self.due = clock::now();
         } else {
@@ -188,24 +183,20 @@ impl Peer {
         if self.call.is_some() {
             return;
         }
-        let connection = self.connector.current();
-        self.unasked = connection.is_err();
-        let Ok(connection) = connection else {
+        let Ok(connection) = self.connector.current() else {
             return;
         };
         let answers = self.answers.0.clone();
-        let guard = call::start(
+        // Not kept for the call: a rotation ends both.
+        self.asked_on = Arc::downgrade(&connection);
+        self.call = Some(call::start(
             connection.channel(),
             &HEALTH_CHECK,
             &HealthCheckRequest::new(),
             &Options::with_timeout(ALIVE_LIMIT),
             // One question at a time: the channel has room for its answer.
             move |result| drop(answers.try_send(alive(&result))),
-        );
-        self.call = Some(Call {
-            connection: Arc::downgrade(&connection),
-            _guard: guard,
-        });
+        ));
     }
 }
 
