@@ -351,7 +351,7 @@ func (l *lab) changes(r *report) error {
 			}
 			return l.startDaemon()
 		})
-		l.later(r, "20 s after the daemon's restart ("+how+")", 20*time.Second)
+		l.later(r, "30 s after the daemon's restart ("+how+")", 30*time.Second)
 	}
 	return nil
 }
@@ -378,8 +378,13 @@ func (l *lab) restart(r *report, name string, start func() error) {
 		time.Sleep(time.Second)
 		return start()
 	})
-	// What a peer does only later (refresh, expiry) belongs to this restart.
-	l.later(r, "20 s after the "+name+"'s restart", 20*time.Second)
+	// What a peer does only later (refresh, expiry) belongs to this restart; a
+	// forwarder is found again after the longest time, up to 45 s.
+	period := 20 * time.Second
+	if name == "forwarder" {
+		period = time.Minute
+	}
+	l.later(r, fmt.Sprintf("%v after the %s's restart", period, name), period)
 }
 
 // later looks at the traffic of a period in which nothing is done.
