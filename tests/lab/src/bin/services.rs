@@ -41,7 +41,8 @@ fn run() -> Result<(), String> {
     let cell = SvidCell::new(None);
     let changed = cell.subscribe();
     let address = WorkloadAddress::Unix(PathBuf::from(path));
-    let _svid = workload::start(&threads, &rpc, address, cell.clone()).map_err(text)?;
+    let _svid = workload::start(&threads, &rpc, address, cell.clone())
+        .map_err(|error| error.to_string())?;
     while cell.get().is_none() {
         (changed.recv_timeout(IDENTITY)).map_err(|error| format!("no identity: {error}"))?;
     }
@@ -51,7 +52,7 @@ fn run() -> Result<(), String> {
     nsp.serve(&threads, &rpc, cell, listen(NSP_PORT)?)?;
     say("ready")?;
     for line in io::stdin().lock().lines() {
-        let line = line.map_err(text)?;
+        let line = line.map_err(|error| error.to_string())?;
         let mut words = line.split_whitespace();
         match words.next() {
             Some("vips") => {
@@ -81,9 +82,5 @@ fn say(line: &str) -> Result<(), String> {
     let mut out = io::stdout();
     writeln!(out, "{line}")
         .and_then(|()| out.flush())
-        .map_err(text)
-}
-
-fn text(error: io::Error) -> String {
-    error.to_string()
+        .map_err(|error| error.to_string())
 }
