@@ -20,7 +20,13 @@ fn main() -> ExitCode {
     match cli::parse(args) {
         Ok(Invocation::Version) => print(cli::VERSION),
         Ok(Invocation::Help(text)) => print(text.trim_end()),
-        Ok(Invocation::Debug) => print(&debug::report()),
+        Ok(Invocation::Debug) => {
+            let report = debug::report();
+            for note in &report.notes {
+                complain(note, 0);
+            }
+            print(&report.json)
+        }
         Ok(Invocation::Run(flags)) => match Config::load(&flags, std::env::vars_os()) {
             Ok(config) => ExitCode::from(daemon::run(&config)),
             Err(errors) => {

@@ -64,19 +64,47 @@ fn debug_prints_json_with_the_keys_of_meridio() {
     for spelling in ["--debug", "-debug", "-debug=true"] {
         let output = run(&[spelling, "--help"]);
         assert_eq!(output.status.code(), Some(0), "{spelling}");
+        assert!(output.stderr.is_empty(), "{output:?}");
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(report["version"], "v0.0.1");
         assert_eq!(report["meridio-version"], meridio_proxy::cli::VERSION);
-        for key in [
-            "network-interfaces",
-            "rules",
-            "route",
-            "neighbors",
-            "system",
+        for table in [
+            &report["network-interfaces"],
+            &report["rules"],
+            &report["route"],
+            &report["neighbors"],
+            &report["system"]["cpu-info"],
         ] {
-            assert!(report.get(key).is_some(), "{key}");
+            assert!(table.is_array(), "{report}");
         }
+        let host = &report["system"]["host-info"];
+        assert!(host["bootTime"].as_u64().unwrap() > 0, "{report}");
+        assert_eq!(report["environment-variables"], serde_json::json!([]));
     }
+}
+
+#[test]
+fn debug_shows_no_secrets() {
+    let output = Command::new(PROXY)
+        .arg("--debug")
+        .env_clear()
+        .envs([
+            ("NSM_TRENCH", "red"),
+            ("NSM_PASSWORD", "hunter2"),
+            ("AWS_SECRET_ACCESS_KEY", "hunter3"),
+        ])
+        .output()
+        .unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut shown: Vec<&str> = report["environment-variables"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|variable| variable.as_str().unwrap())
+        .collect();
+    shown.sort_unstable();
+    assert_eq!(shown, ["NSM_PASSWORD=***", "NSM_TRENCH=red"]);
+    assert!(!text(&output.stdout).contains("hunter"));
 }
 
 #[test]

@@ -154,20 +154,14 @@ fn a_first_request_that_fails_leaves_nothing_and_is_repeated() {
 
 #[test]
 fn a_predecessors_connection_is_rebuilt_not_doubled() {
-    let rig = Rig::new();
+    let mut rig = Rig::new();
     rig.add("lb-1");
     let mesh = rig.mesh();
     rig.expect_up("lb-1");
     rig.expect_pair("lb-1");
-    // It ends without a Close, as if killed.
-    rig.nsmgr.pause_calls(true);
-    assert!(
-        mesh.stop(clock::now() + Duration::from_secs(1)).is_empty(),
-        "all threads ended in time"
-    );
+    rig.kill(mesh);
     assert_eq!(rig.fact(), Event::PortReleased { key: port("lb-1") });
     assert_eq!(rig.nsmgr.connections().len(), 1);
-    rig.nsmgr.pause_calls(false);
 
     let mesh = rig.mesh();
     rig.expect_up("lb-1");
@@ -182,7 +176,7 @@ fn a_predecessors_connection_is_rebuilt_not_doubled() {
 #[test]
 fn a_predecessors_connection_whose_port_is_in_place_is_taken_over() {
     enter_netns();
-    let rig = Rig::new();
+    let mut rig = Rig::new();
     rig.add("lb-1");
     let mesh = rig.mesh();
     let Event::PortExpected { ifname, .. } = rig.fact() else {
@@ -196,13 +190,8 @@ fn a_predecessors_connection_whose_port_is_in_place_is_taken_over() {
         "link set {ifname} master bridge0 alias server-{}",
         id("lb-1")
     ));
-    rig.nsmgr.pause_calls(true);
-    assert!(
-        mesh.stop(clock::now() + Duration::from_secs(1)).is_empty(),
-        "ends without a Close, as if killed"
-    );
+    rig.kill(mesh);
     assert_eq!(rig.fact(), Event::PortReleased { key: port("lb-1") });
-    rig.nsmgr.pause_calls(false);
 
     let mesh = rig.mesh();
     match rig.fact() {

@@ -11,6 +11,9 @@
 //! | `gone INDEX` | a link is gone |
 //! | `address INDEX PREFIX`, `route FAMILY METRIC HOP%INDEX…`, `rule PRIORITY PREFIX PROTOCOL` | what a predecessor left |
 //! | `prefixes PREFIX…`, `lb NAME IFNAME PEER…`, `target …`, `down lb NAME`, `release lb NAME`, `vips PREFIX…` | facts |
+//! | `silent ADDRESS` | a neighbour does not answer |
+//! | `lost v4` | the kernel has taken the family's routes away |
+//! | `pass SECONDS` | time passes |
 //! | `refused IFNAME` | the kernel did not take the port |
 
 #![allow(
@@ -25,6 +28,7 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use meridio_proxy::core::dataplane::Dataplane;
@@ -34,11 +38,13 @@ use meridio_proxy::core::ids::{EndpointName, IfIndex, IfName, PortKey, SegmentId
 use meridio_proxy::core::observed::{Link, LinkFact, Observed, RouteKind, Rule};
 use meridio_proxy::core::op::{BRIDGE, KernelOp};
 use meridio_proxy::core::plan;
+use meridio_proxy::sync::clock;
 
 struct Machine {
     dataplane: Dataplane,
     observed: Observed,
     warned: BTreeSet<String>,
+    now: Instant,
 }
 
 fn parsed<T: FromStr<Err: std::fmt::Debug>>(word: &str) -> T {
@@ -84,6 +90,7 @@ impl Machine {
             dataplane: Dataplane::new(IpFamilies::Dual, [2, 0, 0, 0, 0, 1]),
             observed: Observed::default(),
             warned: BTreeSet::new(),
+            now: clock::now(),
         }
     }
 
@@ -128,6 +135,11 @@ impl Machine {
                 };
                 *self.observed.rules.entry(rule).or_default() += 1;
             }
+            ["silent", address] => {
+                self.observed.silent.insert(parsed(address));
+            }
+            ["pass", seconds] => self.now += Duration::from_secs(parsed(seconds)),
+            ["lost", family] if *family == "v4" => self.observed.routes.v4.clear(),
             ["refused", port] => self.dataplane.failed(&KernelOp::Attach {
                 port: IfName::parse(port).unwrap(),
                 bridge: index("1"),
@@ -139,7 +151,7 @@ impl Machine {
     /// Does what is planned, round after round, and writes it down.
     fn output(&mut self, text: &mut String) {
         loop {
-            let desired = self.dataplane.desired(&self.observed);
+            let desired = self.dataplane.desired(&self.observed, self.now);
             let warnings: BTreeSet<String> =
                 desired.warnings.iter().map(ToString::to_string).collect();
             for warning in warnings.difference(&self.warned) {
@@ -155,7 +167,7 @@ impl Machine {
                 self.observed.apply(&op);
                 self.dataplane.succeeded(&op);
                 if matches!(op, KernelOp::CreateBridge { .. }) {
-                    self.observed.insert_link(link("100", BRIDGE, &[]));
+                    self.observed.insert_link(link("100", BRIDGE, &["down"]));
                 }
             }
         }

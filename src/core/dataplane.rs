@@ -4,16 +4,18 @@
 //! addresses are looked up in.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::Instant;
 
 use ipnetwork::IpNetwork;
 
+use super::adoption::Adoption;
 use super::desired::{Desired, HopRefusal, PortIntent, RouteIntent, Warning};
 use super::event::Event;
 use super::family::{Family, IpFamilies, PerFamily};
 use super::ids::{IfIndex, IfName, PortKey};
-use super::observed::Observed;
-use super::op::{BRIDGE, KernelOp};
+use super::observed::{Observed, RouteKind};
+use super::op::{KernelOp, route_metric};
 
 /// Most next hops of a route: what a netlink attribute's 16-bit length holds
 /// many times over, and more LBs than a trench has.
@@ -43,9 +45,11 @@ pub struct Dataplane {
     /// Peers that a known connection has got since, whose neighbour entries may
     /// be of who had the address before.
     stale: BTreeSet<IpAddr>,
-    /// Families whose next hops are known to us; the route of another is left
-    /// as a predecessor left it.
+    /// Families in which an LB that we had a connection to is gone: what the
+    /// route shall be is no longer a predecessor's business alone.
     told: PerFamily<bool>,
+    /// What a predecessor's next hops are to us.
+    adopted: PerFamily<Adoption>,
     vips: Option<BTreeSet<IpNetwork>>,
 }
 
@@ -62,6 +66,7 @@ impl Dataplane {
             not_attached: BTreeSet::new(),
             stale: BTreeSet::new(),
             told: PerFamily::default(),
+            adopted: PerFamily::default(),
             vips: None,
         }
     }
@@ -104,6 +109,11 @@ impl Dataplane {
             down: false,
         };
         self.released.remove(&port.ifname);
+        if matches!(key, PortKey::Lb(_)) {
+            for peer in &port.peers {
+                self.adopted.get_mut((*peer).into()).told(*peer);
+            }
+        }
         let old = self.ports.insert(key, port.clone());
         // Peers of a new port are forgotten when it is attached; one that is
         // attached already was a predecessor's, and so are its neighbours.
@@ -131,8 +141,7 @@ impl Dataplane {
         }
     }
 
-    /// An LB that we had a connection to is gone: what its families' routes
-    /// shall be is no longer a predecessor's business.
+    /// An LB that we had a connection to is gone.
     fn hops_are_known(&mut self, key: &PortKey, peers: &BTreeSet<IpAddr>) {
         if matches!(key, PortKey::Lb(_)) {
             for peer in peers {
@@ -173,11 +182,20 @@ impl Dataplane {
             .filter(|(key, _)| matches!(key, PortKey::Lb(_)))
     }
 
+    /// When another state may be wanted without any new fact.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        Family::ALL
+            .into_iter()
+            .filter_map(|family| self.adopted.get(family).deadline())
+            .min()
+    }
+
     /// The kernel state that follows from all facts, given what was observed.
-    pub fn desired(&mut self, observed: &Observed) -> Desired {
+    pub fn desired(&mut self, observed: &Observed, now: Instant) -> Desired {
         let mut warnings = BTreeSet::new();
         let ports = self.port_intents(observed, &mut warnings);
-        let routes = self.route_intents(observed, &mut warnings);
+        let routes = self.route_intents(observed, &mut warnings, now);
         let vips = self.rule_sources(observed, &mut warnings);
         if observed.occupant().is_some_and(|link| !link.is_bridge) {
             warnings.insert(Warning::BridgeIsNone);
@@ -188,6 +206,10 @@ impl Dataplane {
             addresses: PerFamily::from_fn(|family| {
                 self.prefixes.get(family).filter(|_| families.has(family))
             }),
+            link_local: families
+                .has(Family::V6)
+                .then(|| link_local(self.bridge_mac))
+                .flatten(),
             forget: self.neighbours_to_forget(observed),
             ports,
             routes,
@@ -216,7 +238,7 @@ impl Dataplane {
         });
         let mut holders: BTreeMap<&IfName, Vec<&PortKey>> = BTreeMap::new();
         for (key, port) in &self.ports {
-            if !may_be_port(&port.ifname) {
+            if port.ifname.is_the_pods() {
                 warnings.insert(Warning::PortRefused {
                     key: key.clone(),
                     port: port.ifname.clone(),
@@ -246,13 +268,14 @@ impl Dataplane {
         &mut self,
         observed: &Observed,
         warnings: &mut BTreeSet<Warning>,
+        now: Instant,
     ) -> PerFamily<RouteIntent> {
         let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
         let mut down = hops.clone();
         let bridge = observed.bridge().map(|link| link.index);
         for (key, port) in self.lbs() {
             let refused = self.not_attached.contains(&port.ifname);
-            let carries = may_be_port(&port.ifname)
+            let carries = !port.ifname.is_the_pods()
                 && observed.named(&port.ifname).is_some_and(|link| {
                     link.up && link.carrier && (!refused || link.master == bridge)
                 });
@@ -275,11 +298,20 @@ impl Dataplane {
         }
         PerFamily::from_fn(|family| {
             let mut hops = std::mem::take(hops.get_mut(family));
+            let there = self.predecessors_hops(observed, family);
+            let adopted = self.adopted.get_mut(family);
+            if *self.told.get(family) || !hops.is_empty() {
+                adopted.begin(&there, now);
+            }
+            let untold = adopted.hops(&there, now);
             if hops.is_empty() {
                 // Where every LB is said to be down, what says so may be wrong,
-                // and no packet is better off without them.
+                // and no packet is better off without them. Those that nobody
+                // told of may be up; what is in the route beside them stays.
                 hops = std::mem::take(down.get_mut(family));
+                hops.retain(|hop| untold.is_empty() || there.contains(hop));
             }
+            hops.extend(untold);
             if hops.len() > MAX_HOPS {
                 warnings.insert(Warning::TooManyHops {
                     family,
@@ -288,14 +320,36 @@ impl Dataplane {
                 });
                 hops = hops.into_iter().take(MAX_HOPS).collect();
             }
-            let told = self.told.get_mut(family);
-            *told |= !hops.is_empty();
-            match (*told, hops.is_empty()) {
-                (false, _) => RouteIntent::LeaveAlone,
-                (true, true) => RouteIntent::Absent,
-                (true, false) => RouteIntent::Via(hops),
+            match (self.adopted.get(family).is_whole(), hops.is_empty()) {
+                (true, _) => RouteIntent::LeaveAlone,
+                (false, true) => RouteIntent::Absent,
+                (false, false) => RouteIntent::Via(hops),
             }
         })
+    }
+
+    /// The hops of the observed route that may be LBs of which we were not
+    /// told yet: alive as far as is known, and behind a port that nobody has
+    /// told.
+    fn predecessors_hops(&self, observed: &Observed, family: Family) -> BTreeSet<IpAddr> {
+        let bridge = observed.bridge().map(|link| link.index);
+        let told: BTreeSet<&IfName> = self.ports.values().map(|port| &port.ifname).collect();
+        let somewhere = observed.links().any(|link| {
+            link.master.is_some()
+                && link.master == bridge
+                && link.up
+                && link.carrier
+                && !told.contains(&link.name)
+        });
+        match observed.routes.get(family).get(&route_metric(family)) {
+            Some(RouteKind::Via(hops)) if somewhere => hops
+                .iter()
+                .map(|(address, _)| *address)
+                .filter(|address| !observed.silent.contains(address))
+                .filter(|address| self.hop(*address, observed) == Ok(true))
+                .collect(),
+            _ => BTreeSet::new(),
+        }
     }
 
     /// Whether the address can be a next hop; false while the bridge's own is
@@ -367,16 +421,19 @@ impl Dataplane {
     fn neighbours_to_forget(&self, observed: &Observed) -> BTreeSet<IpAddr> {
         self.ports
             .values()
-            .filter(|port| may_be_port(&port.ifname) && observed.named(&port.ifname).is_some())
+            .filter(|port| !port.ifname.is_the_pods() && observed.named(&port.ifname).is_some())
             .flat_map(|port| self.neighbours(port))
             .filter(|peer| self.stale.contains(peer))
             .collect()
     }
 }
 
-/// The bridge itself and the loopback cannot be ports, whoever says so.
-fn may_be_port(name: &IfName) -> bool {
-    name.as_str() != BRIDGE && name.as_str() != "lo"
+/// RFC 4291 appendix A: the link-local address of a hardware address.
+fn link_local(mac: [u8; 6]) -> Option<IpNetwork> {
+    let [a, b, c, d, e, f] = mac;
+    let host = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    let bits = u128::from(u64::from_be_bytes(host)) | 0xfe80 << 112;
+    IpNetwork::new(Ipv6Addr::from(bits).into(), 64).ok()
 }
 
 /// Whether the address stands for the subnet and not for a host in it.

@@ -43,6 +43,8 @@ pub struct Desired {
     pub bridge_mac: [u8; 6],
     /// The bridge's addresses; `None` is not told yet.
     pub addresses: PerFamily<Option<IpNetwork>>,
+    /// The link-local address of a bridge that has none.
+    pub link_local: Option<IpNetwork>,
     /// By interface name.
     pub ports: BTreeMap<IfName, PortIntent>,
     /// Neighbours behind attached ports whose entries may be stale.

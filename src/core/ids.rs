@@ -84,6 +84,14 @@ impl IfName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether the interface is the pod's own, which no connection may bring:
+    /// a forwarder deletes an existing link of the name that it makes, and as a
+    /// port of the bridge the primary interface would cut the pod off.
+    #[must_use]
+    pub fn is_the_pods(&self) -> bool {
+        ["lo", "eth0", "bridge0"].contains(&self.as_str())
+    }
 }
 
 impl fmt::Display for IfName {
@@ -172,5 +180,13 @@ mod tests {
             assert!(IfName::parse(bad).is_err(), "{bad:?}");
         }
         assert!(IfIndex::new(0).is_none());
+        for (name, own) in [
+            ("lo", true),
+            ("eth0", true),
+            ("bridge0", true),
+            ("eth1", false),
+        ] {
+            assert_eq!(IfName::parse(name).unwrap().is_the_pods(), own, "{name}");
+        }
     }
 }

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use super::event::Event;
 use super::ids::{EndpointName, PortKey};
 use super::retry::{Backoff, Jitter};
-pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction};
+pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction, Stopping};
 use refresh::{LEAST, refresh_after, shortest};
 
 /// Pause before a first Request is made again.
@@ -36,6 +36,10 @@ const HEAL_MOST: Duration = Duration::from_secs(2);
 /// Pauses before a monitor stream is opened again.
 const WATCH_FIRST: Duration = Duration::from_millis(500);
 const WATCH_MOST: Duration = Duration::from_secs(30);
+/// From taking the hop of an LB that leaves out of the route to taking its
+/// interface away: `net` does the first within milliseconds, and what was queued
+/// towards the LB by then passes the bridge and the LB in far less than this.
+const DRAIN: Duration = Duration::from_millis(200);
 /// How often nsmgr is asked for a connection of ours before it is taken that
 /// there is none.
 const LOOKS: u32 = 3;
@@ -81,6 +85,8 @@ enum State<C> {
     Discarding { connection: C },
     /// Stopping; an outcome is unclear, so nsmgr is asked first.
     EndingUnclear,
+    /// Stopping; nothing new goes to the LB, and at `until` it is closed.
+    Draining { connection: C, until: Instant },
     /// Stopping; the Close is due.
     Ending { connection: C },
     /// Over.
@@ -125,6 +131,11 @@ impl<C: Clone> LbSession<C> {
             return SessionAction::Report(event);
         }
         match &mut self.state {
+            State::Draining { until, .. } if *until > now => SessionAction::Wait(*until),
+            State::Draining { .. } => {
+                self.end();
+                self.next(now)
+            }
             State::Looking { at, .. } if *at <= now => SessionAction::Look,
             State::Opening { at, plan } if *at <= now => SessionAction::Request(plan.clone()),
             State::Healing { at, connection } if *at <= now => {
@@ -372,14 +383,33 @@ impl<C: Clone> LbSession<C> {
         };
     }
 
-    /// Ends the session: what is connected, or may be, is closed.
-    pub fn stop(&mut self) {
+    /// Ends the session: what is connected, or may be, is closed. May be said
+    /// again, to end at once after all.
+    pub fn stop(&mut self, how: Stopping, now: Instant) {
+        match (how, &self.state) {
+            (Stopping::Drained, State::Up(up)) if !up.is_down(now) => {
+                self.reports.push_back(Event::PeerDown {
+                    key: self.key.clone(),
+                });
+                self.state = State::Draining {
+                    connection: up.connection.clone(),
+                    until: now + DRAIN,
+                };
+            }
+            (Stopping::Drained, State::Draining { .. }) => {}
+            _ => self.end(),
+        }
+    }
+
+    /// Takes back what `net` was told, and ends.
+    fn end(&mut self) {
         self.release();
         let unclear = self.unclear;
         self.state = match std::mem::replace(&mut self.state, State::Ended) {
             State::Up(Up { connection, .. })
             | State::Healing { connection, .. }
             | State::Discarding { connection }
+            | State::Draining { connection, .. }
             | State::Ending { connection }
             | State::Opening {
                 plan:
@@ -419,6 +449,11 @@ impl<C: Clone> Up<C> {
             Monitor::Closed { reopen_at } => SessionAction::Wait(self.refresh_at.min(reopen_at)),
             Monitor::Open => SessionAction::Wait(self.refresh_at),
         }
+    }
+
+    /// Whether nothing goes over it any more, as far as is known.
+    fn is_down(&self, now: Instant) -> bool {
+        self.trouble == Some(Trouble::Down) || self.is_dead(now)
     }
 
     fn is_dead(&self, now: Instant) -> bool {

@@ -6,6 +6,7 @@
 //! machine logs what the machine returns. Collections are ordered, so that the
 //! same inputs always give the same outputs.
 
+mod adoption;
 pub mod dataplane;
 pub mod desired;
 pub mod event;

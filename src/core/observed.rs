@@ -83,6 +83,9 @@ pub struct Observed {
     pub addresses: BTreeSet<(IfIndex, IpNetwork)>,
     /// The default routes of our table, by metric.
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
+    /// Neighbours on the bridge that do not answer, as of the last dump: no
+    /// event tells of them.
+    pub silent: BTreeSet<IpAddr>,
     /// Rules, in the order in which packets meet them; duplicates are counted.
     pub rules: BTreeMap<Rule, u32>,
 }
@@ -197,7 +200,7 @@ impl Observed {
             }
             KernelOp::Attach { port, bridge } => self.set_master(port, Some(*bridge)),
             KernelOp::Detach { port } => self.set_master(port, None),
-            KernelOp::ForgetNeighbour { .. } => {}
+            KernelOp::NoOwnLinkLocal { .. } | KernelOp::ForgetNeighbour { .. } => {}
             KernelOp::Unreachable { family } => {
                 self.routes
                     .get_mut(*family)

@@ -34,13 +34,19 @@ pub fn route_metric(family: Family) -> u32 {
 /// One change of the kernel's state.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KernelOp {
-    /// Makes the bridge, up.
+    /// Makes the bridge, down: the kernel gives one that goes up an IPv6
+    /// link-local address unless it was told not to.
     CreateBridge {
         /// Its hardware address.
         mac: [u8; 6],
     },
     /// Sets an existing bridge up.
     BridgeUp {
+        /// The bridge.
+        bridge: IfIndex,
+    },
+    /// Keeps the kernel from giving the bridge a link-local address by itself.
+    NoOwnLinkLocal {
         /// The bridge.
         bridge: IfIndex,
     },
@@ -144,10 +150,11 @@ impl fmt::Display for KernelOp {
                 let [a, b, c, d, e, g] = mac;
                 write!(
                     f,
-                    "ip link add {BRIDGE} up address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x} type bridge"
+                    "ip link add {BRIDGE} address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x} type bridge"
                 )
             }
             Self::BridgeUp { .. } => write!(f, "ip link set {BRIDGE} up"),
+            Self::NoOwnLinkLocal { .. } => write!(f, "ip link set {BRIDGE} addrgenmode none"),
             Self::AddAddress { address, .. } => {
                 let nodad = if address.is_ipv6() { " nodad" } else { "" };
                 write!(f, "ip address add {address} dev {BRIDGE}{nodad}")

@@ -6,7 +6,7 @@
 //! gone before its port. The list is empty exactly when all is as wanted.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
@@ -57,6 +57,9 @@ pub fn diff(observed: &Observed, desired: &Desired) -> Vec<KernelOp> {
 fn bridge(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) -> Option<IfIndex> {
     match (observed.bridge(), observed.occupant()) {
         (Some(link), _) => {
+            if missing_link_local(observed, desired, link.index).is_some() {
+                ops.push(KernelOp::NoOwnLinkLocal { bridge: link.index });
+            }
             if !link.up {
                 ops.push(KernelOp::BridgeUp { bridge: link.index });
             }
@@ -72,7 +75,25 @@ fn bridge(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) -> Op
     }
 }
 
+/// The kernel's own link-local address is tentative for a second or two once
+/// the bridge has a port, and until then no neighbour is asked for (net/ipv6/
+/// ndisc.c, `ndisc_send_ns`): what is forwarded to it is lost. So a bridge
+/// without one gets it from us, as all its addresses without detection.
+fn missing_link_local(
+    observed: &Observed,
+    desired: &Desired,
+    bridge: IfIndex,
+) -> Option<IpNetwork> {
+    let mut there = observed.addresses_of(bridge, Family::V6);
+    desired
+        .link_local
+        .filter(|_| !there.any(|address| is_link_local(address.ip())))
+}
+
 fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &mut Vec<KernelOp>) {
+    if let Some(address) = missing_link_local(observed, desired, bridge) {
+        ops.push(KernelOp::AddAddress { bridge, address });
+    }
     for address in desired.addresses.values().copied() {
         if observed.addresses.contains(&(bridge, address)) {
             continue;
@@ -90,28 +111,10 @@ fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &
         }
         ops.push(KernelOp::AddAddress { bridge, address });
     }
-    if let Some(IpNetwork::V6(wanted)) = desired.addresses.v6
-        && let Some(address) = link_local(wanted.ip())
-        && !observed.addresses.contains(&(bridge, address))
-    {
-        ops.push(KernelOp::AddAddress { bridge, address });
-    }
-}
-
-/// A link-local address for the bridge, besides the kernel's own. The kernel
-/// asks for a neighbour of forwarded packets from a link-local address only
-/// (net/ipv6/ndisc.c, `ndisc_send_ns`), and its own one is under duplicate
-/// address detection for up to 2 s whenever the bridge comes up.
-fn link_local(own: Ipv6Addr) -> Option<IpNetwork> {
-    if own.is_unicast_link_local() {
-        return None;
-    }
-    let [.., a, b, c, d] = own.segments();
-    IpNetwork::new(Ipv6Addr::new(0xfe80, 0, 0, 0, a, b, c, d).into(), 64).ok()
 }
 
 /// Removes what the bridge has besides the wanted address of a family whose
-/// address was told; the kernel's own link-local ones stay.
+/// address was told; link-local ones stay, whoever gave them.
 fn remove_addresses(
     observed: &Observed,
     desired: &Desired,

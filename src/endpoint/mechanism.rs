@@ -15,9 +15,6 @@ const NAME: &str = "name";
 const INODE_URL: &str = "inodeURL";
 /// The metric that names the interface.
 const METRIC: &str = "server_interface";
-/// Interfaces of this namespace that no connection may bring: a forwarder
-/// deletes an existing link of the name that it makes.
-const RESERVED: [&str; 3] = ["lo", "eth0", "bridge0"];
 
 /// What a request's mechanism comes to.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,15 +93,16 @@ fn judge(mechanism: &Mechanism) -> Result<Chosen, String> {
 
 fn usable(name: &str) -> Result<IfName, String> {
     let shown: String = name.chars().take(32).collect();
-    if RESERVED.contains(&name) {
-        return Err(format!("interface {shown:?} is not a connection's to make"));
-    }
-    IfName::parse(name).map_err(|_| {
+    let usable = IfName::parse(name).map_err(|_| {
         format!(
             "{shown:?} is no interface name of at most {} bytes",
             IfName::MAX
         )
-    })
+    })?;
+    if usable.is_the_pods() {
+        return Err(format!("interface {shown:?} is not a connection's to make"));
+    }
+    Ok(usable)
 }
 
 /// Puts the mechanism into the connection, with the interface's name and the

@@ -9,6 +9,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -24,7 +25,7 @@ use crate::spiffe::SvidCell;
 use crate::sync::clock;
 use crate::sync::stop::Stop;
 use crate::sync::thread::{STACK_SMALL, ThreadHandle, Threads};
-use crate::transport::client::{Address, Connector, ConnectorOptions, ConnectorState};
+use crate::transport::client::{Address, Connection, Connector, ConnectorOptions, ConnectorState};
 
 /// Pause between probes of the own endpoint.
 const ENDPOINT_PERIOD: Duration = Duration::from_secs(5);
@@ -94,9 +95,15 @@ struct Peer {
     connector: Connector,
     changes: Receiver<()>,
     answers: (Sender<Alive>, Receiver<Alive>),
-    call: Option<CancelGuard>,
+    call: Option<Call>,
     judge: Judge,
     due: Instant,
+}
+
+/// A question under way. It does not keep its connection: a rotation ends both.
+struct Call {
+    connection: Weak<Connection>,
+    _guard: CancelGuard,
 }
 
 /// What is known of a peer.
@@ -145,31 +152,51 @@ impl Peer {
 
     fn changed(&mut self) {
         self.judge.connection(self.connector.state().get());
+        if self.judge.silent.is_some() {
+            // It may be another connection already.
+            self.due = clock::now();
+        }
     }
 
+    /// Takes the answer to the last question. That a call failed says nothing
+    /// when its connection has been replaced, or is ending: a connection that
+    /// is lost, or rotated away, takes the call with it.
     fn answered(&mut self, answer: Alive) {
-        self.call = None;
-        self.judge.silent = answer.err();
+        let asked = self.call.take().map(|call| call.connection);
+        let is_current = self
+            .connector
+            .current()
+            .is_ok_and(|now| asked.is_some_and(|asked| asked.ptr_eq(&Arc::downgrade(&now))));
+        if answer.is_err() && !is_current {
+            self.judge.silent = None;
+            self.due = clock::now();
+        } else {
+            self.judge.silent = answer.err();
+        }
     }
 
     /// Asks whether the peer is alive, if there is a connection to ask on and
     /// the last question was answered.
-    fn ask(&mut self, stop: &Stop) {
+    fn ask(&mut self) {
         if self.call.is_some() {
             return;
         }
-        let Ok(connection) = self.connector.acquire(clock::now(), stop) else {
+        let Ok(connection) = self.connector.current() else {
             return;
         };
         let answers = self.answers.0.clone();
-        self.call = Some(call::start(
+        let guard = call::start(
             connection.channel(),
             &HEALTH_CHECK,
             &HealthCheckRequest::new(),
             &Options::with_timeout(ALIVE_LIMIT),
             // One question at a time: the channel has room for its answer.
             move |result| drop(answers.try_send(alive(&result))),
-        ));
+        );
+        self.call = Some(Call {
+            connection: Arc::downgrade(&connection),
+            _guard: guard,
+        });
     }
 }
 
@@ -217,7 +244,7 @@ impl Worker {
         let now = clock::now();
         for peer in peers {
             if peer.due <= now {
-                peer.ask(stop);
+                peer.ask();
                 peer.due = now + self.keepalive;
             }
         }
@@ -262,7 +289,7 @@ impl Dial {
     fn ask(&self, connector: &Connector, stop: &Stop) -> Result<(), String> {
         let connection = connector
             .acquire(clock::now() + ENDPOINT_CONNECT, stop)
-            .map_err(|error| format!("no connection: {error:?}"))?;
+            .map_err(|error| error.to_string())?;
         let reply = call::unary(
             connection.channel(),
             &HEALTH_CHECK,

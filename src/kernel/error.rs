@@ -58,6 +58,7 @@ impl OpError {
                 [libc::ENOENT, libc::ESRCH].contains(errno)
             }
             KernelOp::BridgeUp { .. }
+            | KernelOp::NoOwnLinkLocal { .. }
             | KernelOp::Attach { .. }
             | KernelOp::Unreachable { .. }
             | KernelOp::ReplaceRoute { .. }

@@ -2,7 +2,7 @@
 //! takes things away that nobody asked for.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
@@ -34,6 +34,8 @@ pub struct State {
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
     /// The rules.
     pub rules: BTreeMap<Rule, u32>,
+    /// Neighbours that do not answer.
+    pub silent: BTreeSet<IpAddr>,
     /// All operations done, in order.
     pub done: Vec<KernelOp>,
     /// All that were refused, fulfilled ones not counted.
@@ -68,6 +70,7 @@ impl Rtnl for Fake {
             observed.addresses = state.addresses.iter().copied().collect();
             observed.routes = state.routes.clone();
             observed.rules = state.rules.clone();
+            observed.silent = state.silent.clone();
             Ok(observed)
         })
     }
@@ -84,7 +87,9 @@ impl Rtnl for Fake {
 /// length changes.
 fn place(op: &KernelOp) -> Option<(u32, i64)> {
     Some(match op {
-        KernelOp::CreateBridge { .. } | KernelOp::BridgeUp { .. } => (0, 0),
+        KernelOp::CreateBridge { .. }
+        | KernelOp::BridgeUp { .. }
+        | KernelOp::NoOwnLinkLocal { .. } => (0, 0),
         KernelOp::AddAddress { .. } => (1, 0),
         KernelOp::Attach { .. } => (2, 0),
         KernelOp::ForgetNeighbour { .. } => (3, 0),
@@ -126,9 +131,13 @@ impl State {
                     return Err(libc::EEXIST);
                 }
                 self.add_link(BRIDGE);
+                let _ = self.change_link(BRIDGE, |link| link.up = false);
             }
             KernelOp::BridgeUp { bridge } => {
                 self.links.get_mut(bridge).ok_or(libc::ENODEV)?.up = true;
+            }
+            KernelOp::NoOwnLinkLocal { bridge } => {
+                self.links.get(bridge).ok_or(libc::ENODEV)?;
             }
             KernelOp::AddAddress { bridge, address } => self.add_address(*bridge, *address)?,
             KernelOp::RemoveAddress { bridge, address } => {

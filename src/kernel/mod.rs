@@ -9,6 +9,7 @@ mod monitor;
 pub mod netlink;
 #[cfg(test)]
 mod properties;
+pub mod report;
 pub mod sysctl;
 mod worker;
 #[cfg(test)]

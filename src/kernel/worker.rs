@@ -150,10 +150,14 @@ impl<K: Rtnl> Net<K> {
 
     /// When a turn is due without any message.
     pub fn next_deadline(&self) -> Instant {
-        [self.resync_at, self.retry_at]
-            .into_iter()
-            .flatten()
-            .fold(self.full_at, Instant::min)
+        [
+            self.resync_at,
+            self.retry_at,
+            self.dataplane.next_deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .fold(self.full_at, Instant::min)
     }
 
     /// Brings the kernel to what the facts ask for.
@@ -186,7 +190,7 @@ impl<K: Rtnl> Net<K> {
         let mut done = false;
         let mut at_rest = false;
         for _ in 0..ROUNDS {
-            let desired = self.dataplane.desired(&self.observed);
+            let desired = self.dataplane.desired(&self.observed, now);
             let mut ops = plan::diff(&self.observed, &desired);
             self.warn(desired);
             ops.retain(|op| !failed.contains_key(op));

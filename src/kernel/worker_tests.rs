@@ -225,6 +225,57 @@ fn a_late_event_of_the_past_is_corrected_by_the_next() {
     assert_eq!(world.hops(), 1);
 }
 
+/// A new process, after `change`.
+fn restarted(world: &World, change: impl FnOnce(&mut super::fake::State)) -> World {
+    world.kernel.with(change);
+    let observed = world.kernel.clone().snapshot().unwrap();
+    let mut dataplane = Dataplane::new(IpFamilies::V4, [2, 0, 0, 0, 0, 1]);
+    dataplane.apply(Event::BridgePrefixes(PerFamily {
+        v4: Some("172.16.0.1/24".parse().unwrap()),
+        v6: None,
+    }));
+    let sink = Box::new(|_, _: &str| ());
+    World {
+        net: Net::new(world.kernel.clone(), dataplane, observed, sink, world.now),
+        kernel: world.kernel.clone(),
+        egress: Arc::default(),
+        now: world.now,
+    }
+}
+
+#[test]
+fn a_predecessor_s_hops_wait_for_their_lbs_but_not_for_ever() {
+    let mut world = World::new();
+    for (id, ifname, peer) in [
+        ("a", "if1", "172.16.0.5"),
+        ("b", "if2", "172.16.0.6"),
+        ("c", "if3", "172.16.0.7"),
+    ] {
+        world.link(ifname);
+        world.lb(id, ifname, peer);
+    }
+    let mut world = restarted(&world, |_| ());
+    world.lb("a", "if1", "172.16.0.5");
+    assert_eq!(world.hops(), 3);
+    world.now += Duration::from_secs(2);
+    world.lb("b", "if2", "172.16.0.6");
+    assert_eq!(world.tick(), Duration::from_secs(3));
+    assert_eq!(world.hops(), 2);
+    assert!(world.tick() > Duration::from_secs(50));
+
+    // All are known: nothing is waited for. What does not answer goes.
+    let mut world = restarted(&world, |_| ());
+    world.lb("b", "if2", "172.16.0.6");
+    world.lb("a", "if1", "172.16.0.5");
+    assert!(world.tick() > Duration::from_secs(50));
+    assert_eq!(world.hops(), 2);
+    let mut world = restarted(&world, |state| {
+        state.silent.insert("172.16.0.5".parse().unwrap());
+    });
+    world.lb("b", "if2", "172.16.0.6");
+    assert_eq!(world.hops(), 1);
+}
+
 #[test]
 fn quiesce_is_answered_after_the_facts_before_it_are_applied() {
     let (to_net, messages) = bounded(8);

@@ -17,6 +17,10 @@ use crate::sync::stop::Stop;
 use crate::transport::client::{Connection, Connector};
 use crate::transport::error::ConnectError;
 
+/// A peer that stops may cancel its calls before it says that it takes no more;
+/// this much later it has.
+const GOAWAY_LAG: Duration = Duration::from_millis(100);
+
 /// Makes calls to nsmgr.
 #[derive(Clone)]
 pub struct NsmCaller {
@@ -63,7 +67,7 @@ impl NsmCaller {
                 connection.attach(descriptor);
             }
             match call::unary(connection.channel(), method, request, &options, stop) {
-                Err(error) if is_loss(&error) && !connection.is_usable() => {
+                Err(error) if is_loss(&error) && connection.ends_within(GOAWAY_LAG) => {
                     debug!("{}: {error}; again on the next connection", method.name);
                 }
                 result => return result,

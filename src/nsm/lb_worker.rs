@@ -16,7 +16,7 @@ use super::path;
 use crate::core::event::Event;
 use crate::core::ids::{IfName, LeaseId};
 use crate::core::lb_session::{
-    Established, Failure, LbSession, Looked, Monitored, Plan, SessionAction,
+    Established, Failure, LbSession, Looked, Monitored, Plan, SessionAction, Stopping,
 };
 use crate::core::lease::Addresses;
 use crate::ipam::IpamError;
@@ -99,7 +99,12 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             if !self.stopping && stop.is_set() {
                 self.stopping = true;
                 self.watch = None;
-                self.session.stop();
+                // When the daemon stops there is no LB to send to instead.
+                let how = match self.shared.close_by.get() {
+                    Some(_) => Stopping::AtOnce,
+                    None => Stopping::Drained,
+                };
+                self.session.stop(how, clock::now());
             }
             let calls = if self.stopping {
                 self.last.1.clone()
@@ -118,7 +123,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 SessionAction::Watch => self.open_watch(&calls),
                 SessionAction::Close(connection) => self.close(connection, &calls),
                 SessionAction::Report(event) => self.report(event),
-                SessionAction::Wait(until) => self.wait(until, stop),
+                SessionAction::Wait(until) => self.wait(until, &calls),
                 SessionAction::Done => break,
             }
         }

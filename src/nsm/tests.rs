@@ -330,6 +330,7 @@ fn an_lb_that_returns_waits_for_the_close_of_the_old_connection() {
     let world = world();
     let (_, _watch) = world.connects("lb-1");
     world.registry.message(endpoint("lb-1", true));
+    assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
     assert_eq!(world.fact(), Event::PortReleased { key: key("lb-1") });
     let (_, reply) = world.close();
     world.registers("lb-1");

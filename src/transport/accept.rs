@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use grpcio::Server;
-use log::{debug, error, info, warn};
+use log::{debug, error, warn};
 use parking_lot::Mutex;
 
+use super::complaints::Complaints;
 use super::fd_socket::Socket;
 use super::link::Link;
 use super::listener::Listener;
@@ -24,8 +25,8 @@ use crate::sync::stop::Stop;
 
 /// Bound of one handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Handshakes at a time. Above it the oldest one, which is the likeliest to be
-/// a peer that says nothing, makes room for the newcomer.
+/// Handshakes at a time. Above it one makes room for the newcomer: the oldest
+/// that has said nothing, or else the oldest.
 const HANDSHAKES_MAX: usize = 128;
 /// Connections at a time; a new one above it is closed.
 pub(super) const CONNECTIONS_MAX: usize = 4096;
@@ -45,11 +46,14 @@ pub(super) struct Acceptor {
     /// Oldest first.
     pending: Vec<Pending>,
     paused_until: Option<Instant>,
+    complaints: Complaints,
 }
 
 struct Pending {
     handshake: Handshake,
     until: Instant,
+    /// The peer has sent something.
+    has_spoken: bool,
 }
 
 impl Acceptor {
@@ -71,6 +75,7 @@ impl Acceptor {
             contexts: Contexts::new(Role::Server),
             pending: Vec::new(),
             paused_until: None,
+            complaints: Complaints::default(),
         }
     }
 
@@ -128,28 +133,36 @@ impl Acceptor {
         let pending = std::mem::take(&mut self.pending);
         for (index, one) in pending.into_iter().enumerate() {
             if ready.get(index).copied().unwrap_or(false) {
-                self.step(one);
+                self.step(one, now);
             } else if one.until > now {
                 self.pending.push(one);
             } else {
-                info!("a peer did not finish its TLS handshake within {HANDSHAKE_LIMIT:?}");
+                self.complain(&format!("no TLS handshake within {HANDSHAKE_LIMIT:?}"), now);
             }
         }
     }
 
-    fn step(&mut self, mut one: Pending) {
-        match one.handshake.step() {
-            Ok(false) => self.pending.push(one),
-            Ok(true) => {
-                let admitted = one
-                    .handshake
-                    .finish(clock::wall())
-                    .and_then(|session| self.admit(session));
-                if let Err(error) = admitted {
-                    warn!("connection refused: {error}");
-                }
+    fn step(&mut self, mut one: Pending, now: Instant) {
+        let ended = match one.handshake.step() {
+            Ok(false) => {
+                one.has_spoken = true;
+                self.pending.push(one);
+                return;
             }
-            Err(error) => warn!("connection refused: {error}"),
+            Ok(true) => one
+                .handshake
+                .finish(clock::wall())
+                .and_then(|session| self.admit(session)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            self.complain(&error, now);
+        }
+    }
+
+    fn complain(&mut self, why: &str, now: Instant) {
+        if let Some(more) = self.complaints.admit(now) {
+            warn!("connection refused: {why}{more}");
         }
     }
 
@@ -160,7 +173,9 @@ impl Acceptor {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if is_of_one_peer(&error) => debug!("accepting: {error}"),
                 Err(error) => {
-                    warn!("accepting: {error}; next attempt in {ACCEPT_PAUSE:?}");
+                    if let Some(more) = self.complaints.admit(now) {
+                        warn!("accepting: {error}; next attempt in {ACCEPT_PAUSE:?}{more}");
+                    }
                     self.paused_until = Some(now + ACCEPT_PAUSE);
                     return;
                 }
@@ -174,16 +189,27 @@ impl Acceptor {
             return;
         };
         if self.pending.len() >= HANDSHAKES_MAX {
-            warn!("{HANDSHAKES_MAX} TLS handshakes at a time; the oldest was given up");
-            self.pending.remove(0);
+            self.make_room(now);
         }
         match Handshake::new(&mut self.contexts, &identity, socket) {
             Ok(handshake) => self.pending.push(Pending {
                 handshake,
                 until: now + HANDSHAKE_LIMIT,
+                has_spoken: false,
             }),
-            Err(error) => warn!("connection refused: {error}"),
+            Err(error) => self.complain(&error, now),
         }
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        // One accepted in this turn had no chance to be heard yet.
+        let is_silent = |one: &Pending| !one.has_spoken && one.until < now + HANDSHAKE_LIMIT;
+        let index = self.pending.iter().position(is_silent).unwrap_or(0);
+        self.pending.remove(index);
+        self.complain(
+            &format!("{HANDSHAKES_MAX} TLS handshakes at a time; one was given up"),
+            now,
+        );
     }
 
     /// Gives a verified connection to gRPC.

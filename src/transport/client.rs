@@ -298,6 +298,20 @@ impl Connection {
         self.link.is_open()
     }
 
+    /// Whether the connection ceases to be usable within `limit`: right after a
+    /// call failed, what ends the connection may still be on its way.
+    #[must_use]
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let changed = self.link.state().subscribe();
+        let deadline = clock::now() + limit;
+        while self.is_usable() {
+            if changed.recv_deadline(deadline).is_err() {
+                return !self.is_usable();
+            }
+        }
+        true
+    }
+
     pub(super) fn link(&self) -> &Arc<LinkHandle> {
         &self.link
     }

@@ -31,8 +31,8 @@ pub(super) enum LinkState {
     Opening,
     /// Calls can be made.
     Open,
-    /// The peer takes no new calls (GOAWAY).
-    Draining,
+    /// No new calls can be made, and why.
+    Draining(&'static str),
     /// It is over, and why.
     Ended(String),
 }
@@ -79,8 +79,9 @@ pub(super) type OnEnd = Box<dyn FnOnce() + Send>;
 
 enum Phase {
     Open,
-    /// gRPC's side has gone: its last bytes go out, then the peer's end is
-    /// awaited, since closing a socket with unread data would destroy them.
+    /// gRPC's side has gone, or shall go: its last bytes go out, then the
+    /// peer's end is awaited, since closing a socket with unread data would
+    /// destroy them.
     Closing {
         until: Instant,
         notified: bool,
@@ -100,6 +101,9 @@ pub(super) struct Link {
     down: Buffer,
     walker: Option<Walker>,
     read_wants_write: bool,
+    /// Why nothing more can be written; what the peer sent before is still
+    /// read. OpenSSL must not be asked to write again.
+    write_failed: Option<String>,
     phase: Phase,
     reason: String,
     handle: Arc<LinkHandle>,
@@ -137,6 +141,7 @@ impl Link {
             down: Buffer::new(),
             walker: is_client.then(Walker::new),
             read_wants_write: false,
+            write_failed: None,
             phase: Phase::Open,
             reason: String::new(),
             handle,
@@ -156,7 +161,7 @@ impl Link {
     /// Moves what can be moved. True when there may be more to move at once.
     pub(super) fn turn(&mut self, now: Instant) -> bool {
         if self.handle.close.load(Ordering::Acquire) {
-            self.close_grpc("closed by this side", now);
+            self.close("closed by this side", now);
         }
         for _ in 0..ROUNDS {
             let moved =
@@ -194,14 +199,22 @@ impl Link {
             (open && self.down.has_room()) || closing,
             (open || closing) && (!self.up.is_empty() || self.read_wants_write),
         );
-        let grpc = self.grpc.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        let grpc = interest(grpc, open && self.up.has_room(), !self.down.is_empty());
+        let grpc = interest(
+            self.grpc.as_ref().map_or(-1, AsRawFd::as_raw_fd),
+            self.takes_up() && self.up.has_room(),
+            !self.down.is_empty(),
+        );
         [tls, grpc]
+    }
+
+    /// Whether bytes can go from gRPC to the peer.
+    fn takes_up(&self) -> bool {
+        matches!(self.phase, Phase::Open | Phase::Closing { .. }) && self.write_failed.is_none()
     }
 
     /// gRPC → buffer.
     fn fill_up(&mut self, now: Instant) -> bool {
-        if !matches!(self.phase, Phase::Open) {
+        if !self.takes_up() {
             return false;
         }
         let Some(grpc) = &mut self.grpc else {
@@ -212,20 +225,23 @@ impl Link {
             return false;
         }
         match grpc.read(room) {
-            Ok(0) => self.close_grpc("closed by gRPC on this side", now),
-            Ok(count) => {
+            Ok(count) if count > 0 => {
                 self.up.filled(count);
                 return true;
             }
-            Err(error) if is_transient(&error) => {}
-            Err(_) => self.close_grpc("closed by gRPC on this side", now),
+            Err(error) if is_transient(&error) && matches!(self.phase, Phase::Open) => {}
+            // Its end, or all that it wrote before it was to be closed.
+            _ => {
+                self.grpc = None;
+                self.close("closed by gRPC on this side", now);
+            }
         }
         false
     }
 
     /// Buffer → peer.
     fn flush_up(&mut self, now: Instant) -> bool {
-        if self.up.is_empty() || !matches!(self.phase, Phase::Open | Phase::Closing { .. }) {
+        if self.up.is_empty() || !self.takes_up() {
             return false;
         }
         match self.tls.ssl_write(self.up.data()) {
@@ -236,7 +252,7 @@ impl Link {
             Err(error) if wants(&error) => false,
             Err(error) => {
                 self.up.clear();
-                self.peer_gone(&format!("writing: {error}"), now);
+                self.write_failed(format!("writing: {error}"), now);
                 false
             }
         }
@@ -255,6 +271,9 @@ impl Link {
             }
             Err(error) if wants(&error) => {
                 self.read_wants_write = error.code() == ErrorCode::WANT_WRITE;
+                if let Some(reason) = self.write_failed.take() {
+                    self.peer_gone(&reason, now);
+                }
                 false
             }
             Err(error) if error.code() == ErrorCode::ZERO_RETURN => {
@@ -284,7 +303,10 @@ impl Link {
         }
         match seen {
             Seen::Settings => self.handle.state.set(LinkState::Open),
-            Seen::GoAway => self.handle.state.set(LinkState::Draining),
+            Seen::GoAway => self
+                .handle
+                .state
+                .set(LinkState::Draining("the peer sent GOAWAY")),
             Seen::Other => {
                 self.down.clear();
                 self.peer_gone("the peer does not speak HTTP/2", now);
@@ -316,16 +338,29 @@ impl Link {
         }
     }
 
-    fn close_grpc(&mut self, reason: &str, now: Instant) {
+    /// Takes nothing more from the peer; what gRPC wrote before still goes out.
+    fn close(&mut self, reason: &'static str, now: Instant) {
         if let Phase::Open = self.phase {
             self.note(reason);
-            self.handle.state.set_if_changed(LinkState::Draining);
-            self.grpc = None;
+            self.handle
+                .state
+                .set_if_changed(LinkState::Draining(reason));
             self.down.clear();
             self.phase = Phase::Closing {
                 until: now + LINGER,
                 notified: false,
             };
+        }
+    }
+
+    fn write_failed(&mut self, reason: String, now: Instant) {
+        if let Phase::Open = self.phase {
+            self.handle
+                .state
+                .set_if_changed(LinkState::Draining("the peer takes no more bytes"));
+            self.write_failed = Some(reason);
+        } else {
+            self.peer_gone(&reason, now);
         }
     }
 
@@ -350,7 +385,7 @@ impl Link {
     fn settle(&mut self, now: Instant) {
         match &mut self.phase {
             Phase::Closing { until, notified } => {
-                if self.up.is_empty() && !*notified {
+                if self.up.is_empty() && self.grpc.is_none() && !*notified {
                     *notified = true;
                     // Without room for it the peer sees the end of the stream
                     // alone, which HTTP/2 does not mind.
@@ -405,3 +440,6 @@ fn is_transient(error: &io::Error) -> bool {
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -140,7 +140,7 @@ impl Manager {
         let link = current.connection.link();
         let reason = match link.state().get() {
             LinkState::Opening | LinkState::Open => return,
-            LinkState::Draining => "the peer sent GOAWAY".to_owned(),
+            LinkState::Draining(reason) => reason.to_owned(),
             LinkState::Ended(reason) => reason,
         };
         info!(connection = self.options.name; "connection to {} lost: {reason}", self.options.address);
@@ -360,8 +360,10 @@ fn await_settings(link: &LinkHandle, limits: Limits<'_>) -> Result<(), DialError
         match link.state().get() {
             LinkState::Opening => {}
             LinkState::Open => return Ok(()),
-            LinkState::Draining => {
-                return Err(DialError::Failed("the peer sent GOAWAY at once".to_owned()));
+            LinkState::Draining(reason) => {
+                return Err(DialError::Failed(format!(
+                    "the connection ended after the TLS handshake: {reason}"
+                )));
             }
             LinkState::Ended(reason) => {
                 return Err(DialError::Failed(format!(

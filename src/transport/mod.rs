@@ -21,6 +21,7 @@
 mod accept;
 mod buffer;
 pub mod client;
+mod complaints;
 mod dial;
 pub mod error;
 mod fd_socket;

@@ -10,4 +10,5 @@
 
 mod harness;
 mod operations;
+mod report;
 mod worker;

@@ -34,6 +34,8 @@ fn refused(result: Result<(), OpError>) -> (i32, Option<String>) {
 fn with_bridge(netlink: &mut Netlink) -> IfIndex {
     do_op(netlink, KernelOp::CreateBridge { mac: MAC }).unwrap();
     let bridge = netlink.snapshot().unwrap().bridge().unwrap().index;
+    do_op(netlink, KernelOp::NoOwnLinkLocal { bridge }).unwrap();
+    do_op(netlink, KernelOp::BridgeUp { bridge }).unwrap();
     for address in ["172.16.0.1/24", "fd00::1/64"] {
         let address = address.parse().unwrap();
         do_op(netlink, KernelOp::AddAddress { bridge, address }).unwrap();
@@ -52,7 +54,6 @@ fn a_bridge_is_made_once_and_set_up_again() {
     let link = &json("-d link show dev bridge0")[0];
     assert_eq!(link["address"], "02:11:22:33:44:55");
     assert_eq!(link["linkinfo"]["info_kind"], "bridge");
-    ip("link set bridge0 down");
     let observed = netlink.snapshot().unwrap();
     let bridge = observed.bridge().unwrap();
     assert!(!bridge.up);

@@ -21,6 +21,9 @@ use crate::harness::{
     table, veth,
 };
 
+mod adoption;
+mod link_local;
+
 const FALLBACK4: &str = "unreachable default proto 77 metric 4294967295";
 const FALLBACK6: &str = "unreachable default dev lo proto 77 metric 4294967295 pref medium";
 
@@ -282,70 +285,6 @@ fn what_others_break_is_mended() {
 }
 
 #[test]
-fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
-    enter_netns();
-    // As Meridio's proxy leaves it: no priority, protocol or interface.
-    ip("link add bridge0 up address 02:aa:aa:aa:aa:aa type bridge");
-    ip("address add 172.16.0.1/24 dev bridge0");
-    ip("address add fd00::1/64 dev bridge0 nodad");
-    for link in ["nsm-a", "nsm-b", "nsm-x"] {
-        veth(link);
-        ip(&format!("link set {link} master bridge0"));
-    }
-    ip("route add default table 1 nexthop via 172.16.0.8 nexthop via 172.16.0.7");
-    ip("-6 route add default table 1 nexthop via fd00::8 nexthop via fd00::7");
-    for rule in [
-        "-4 rule add from 20.0.0.1",
-        "-4 rule add from 20.0.0.1",
-        "-4 rule add from 20.0.0.9",
-        // Host bits, which the kernel keeps, and a VIP of length 0.
-        "-4 rule add from 40.0.0.7/24",
-        "-4 rule add from all",
-        "-6 rule add from all",
-        "-6 rule add from fd20::/64",
-    ] {
-        ip(&format!("{rule} lookup 1 protocol 0"));
-    }
-    let before = (rules("-4"), rules("-6"));
-    let kept = before
-        .0
-        .iter()
-        .find(|rule| rule.contains("20.0.0.1 "))
-        .unwrap()
-        .clone();
-
-    let daemon = Daemon::with_addresses();
-    // The last thing done at the start.
-    eventually("fallback", || {
-        let seen = (table("-4"), table("-6"));
-        (seen.0.ends_with(FALLBACK4) && seen.1.ends_with(FALLBACK6))
-            .then_some(())
-            .ok_or(seen)
-    });
-    assert_eq!(
-        json("link show dev bridge0")[0]["address"],
-        "02:aa:aa:aa:aa:aa"
-    );
-    assert_eq!(hops(), (vec![8, 7], vec![8, 7]));
-    assert_eq!((rules("-4"), rules("-6")), before);
-
-    daemon.vips(&["20.0.0.1/32", "20.0.0.2/32", "fd20::/64"]);
-    let kept6 = before.1.iter().find(|rule| rule.contains("fd20")).unwrap();
-    let expected = ["20000 20.0.0.2 77".to_owned(), kept, kept6.clone()];
-    until_rules(&expected.each_ref().map(String::as_str));
-
-    // The same members in another order: nothing moves.
-    daemon.lb("b", "nsm-b", 8);
-    until_hops(&[8]);
-    daemon.lb("a", "nsm-a", 7);
-    until_hops(&[7, 8]);
-    // A port that nobody told us of is left alone.
-    assert!(is_port("nsm-x"));
-    daemon.stop();
-    assert!(is_port("nsm-x"));
-}
-
-#[test]
 fn a_changed_bridge_address_replaces_the_old_one() {
     enter_netns();
     let daemon = Daemon::with_addresses();
@@ -365,27 +304,6 @@ fn a_changed_bridge_address_replaces_the_old_one() {
         until_addresses(&[v4, v6]);
         until_hops(&[7]);
     }
-    daemon.stop();
-}
-
-/// Without a link-local address that is past duplicate address detection the
-/// kernel forwards no IPv6 packet to a neighbour that it has to ask for.
-#[test]
-fn a_bridge_that_comes_up_can_ask_for_ipv6_neighbours_at_once() {
-    enter_netns();
-    let daemon = Daemon::with_addresses();
-    veth("nsm-a");
-    daemon.lb("a", "nsm-a", 7);
-    until_hops(&[7]);
-    let ready = || {
-        let seen = ip("-6 -o address show dev bridge0 scope link");
-        let ours = |line: &str| line.contains("fe80::1/64") && !line.contains("tentative");
-        seen.lines().any(ours).then_some(()).ok_or(seen)
-    };
-    eventually("a usable link-local address", ready);
-    ip("link set bridge0 down");
-    until_hops(&[7]);
-    eventually("a usable link-local address again", ready);
     daemon.stop();
 }
 

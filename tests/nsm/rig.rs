@@ -114,8 +114,28 @@ impl Drop for Directory {
     }
 }
 
+fn socket(directory: &Directory) -> PathBuf {
+    directory.0.join("nsm.io.sock")
+}
+
+fn to(name: &'static str, address: Address, authority: String) -> ConnectorOptions {
+    ConnectorOptions {
+        name,
+        address,
+        authority,
+        dial_timeout: Duration::from_secs(5),
+        backoff_max: Duration::from_millis(200),
+    }
+}
+
+fn to_nsmgr(directory: &Directory) -> ConnectorOptions {
+    let address = Address::Unix(socket(directory));
+    to("nsmgr", address, "localhost".to_owned())
+}
+
 pub struct Rig {
     pub threads: Threads,
+    rpc: Rpc,
     pub trust: Arc<Pki>,
     pub cell: SvidCell,
     pub nsmgr: Nsmgr,
@@ -125,7 +145,7 @@ pub struct Rig {
     pub net: NetHandle,
     pub facts: Receiver<NetMsg>,
     pub pairs: Receiver<Pair>,
-    _directory: Directory,
+    directory: Directory,
 }
 
 impl Rig {
@@ -134,10 +154,9 @@ impl Rig {
         let rpc = Rpc::new();
         let trust = Arc::new(Pki::new("example.org"));
         let directory = Directory::new();
-        let socket = directory.0.join("nsm.io.sock");
         let (pair_tx, pairs) = bounded(1024);
         let nsmgr = Nsmgr::start(NsmgrOptions {
-            socket: socket.clone(),
+            socket: socket(&directory),
             trust: Arc::clone(&trust),
             node: "node-a".to_owned(),
             datapath: Arc::new(Pairs(pair_tx)),
@@ -145,17 +164,8 @@ impl Rig {
         })
         .unwrap();
         let cell = trust.cell(&trust.id("proxy"), HOUR);
-        let connect = |name, address, authority| {
-            let options = ConnectorOptions {
-                name,
-                address,
-                authority,
-                dial_timeout: Duration::from_secs(5),
-                backoff_max: Duration::from_millis(200),
-            };
-            Connector::start(&threads, &rpc, cell.clone(), options).unwrap()
-        };
-        let connector = connect("nsmgr", Address::Unix(socket), "localhost".to_owned());
+        let connect = |options| Connector::start(&threads, &rpc, cell.clone(), options).unwrap();
+        let connector = connect(to_nsmgr(&directory));
 
         let lab_ipam = LabIpam::new(&threads, &LabIpamOptions::new("t1", "c1")).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -176,10 +186,11 @@ impl Rig {
             release_delay: Duration::from_millis(100),
             renew_interval: HOUR,
         };
-        let ipam_connector = connect("ipam", tcp, address.to_string());
+        let ipam_connector = connect(to("ipam", tcp, address.to_string()));
         let ipam = Ipam::start(&threads, ipam_connector, net.clone(), options).unwrap();
         Self {
             threads,
+            rpc,
             trust,
             cell,
             nsmgr,
@@ -189,7 +200,7 @@ impl Rig {
             net,
             facts,
             pairs,
-            _directory: directory,
+            directory,
         }
     }
 
@@ -213,6 +224,17 @@ impl Rig {
             options,
         )
         .unwrap()
+    }
+
+    /// Ends a mesh as if its process was killed: without a connection no Close
+    /// leaves. The next mesh gets a new one.
+    pub fn kill(&mut self, mesh: LbMesh) {
+        self.connector.close(soon());
+        let limit = clock::now() + Duration::from_secs(1);
+        assert!(mesh.stop(limit).is_empty(), "all threads end in time");
+        let options = to_nsmgr(&self.directory);
+        self.connector =
+            Connector::start(&self.threads, &self.rpc, self.cell.clone(), options).unwrap();
     }
 
     pub fn add(&self, lb: &str) {

@@ -289,6 +289,41 @@ fn a_server_stops_in_time_with_streams_open() {
     assert!(!connection.is_usable());
 }
 
+/// An answer may still lie between gRPC and the relay when the last call ends.
+#[test]
+fn an_answer_given_before_the_stop_arrives() {
+    let rig = Rig::new();
+    for round in 0..20 {
+        let path = rig.path("s.sock");
+        let (taken, took) = bounded(1);
+        let service = ServiceBuilder::new()
+            .add_unary_handler(&NS_REGISTER, move |context, request, sink| {
+                let _ = taken.try_send(());
+                let answered = sink.success(request);
+                context.spawn(async move {
+                    let _ = answered.await;
+                });
+            })
+            .build();
+        let peers = PeerTable::default();
+        let (cell, at) = (rig.server_cell(), path.clone());
+        let server =
+            TlsServer::start(&rig.threads, &rig.rpc, cell, at, peers, vec![service]).unwrap();
+        let connector = rig.connect_unix(rig.client_cell(), &path);
+        let connection = rig.acquire(&connector);
+        std::thread::scope(|scope| {
+            let name = "n".repeat(300_000);
+            let (rig, connection) = (&rig, &connection);
+            let call = scope.spawn(move || rig.echo(connection, &name, &[]));
+            took.recv_deadline(soon()).unwrap();
+            server.stop(soon());
+            let reply = call.join().unwrap();
+            let reply = reply.unwrap_or_else(|error| panic!("round {round}: {error}"));
+            assert_eq!(reply.message.name.len(), 300_000);
+        });
+    }
+}
+
 #[test]
 fn an_idle_server_stops_at_once() {
     let rig = Rig::new();

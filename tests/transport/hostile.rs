@@ -1,4 +1,5 @@
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
@@ -6,11 +7,14 @@ use std::time::Duration;
 use meridio_lab::pki::{Pki, Recipe, Svid, fill_unchecked};
 use meridio_proxy::spiffe::SvidCell;
 use meridio_proxy::sync::clock;
+use meridio_proxy::sync::poll::{self, Interest};
 use meridio_proxy::sync::thread::STACK_SMALL;
 use meridio_proxy::sync::watch::Watch;
 use meridio_proxy::transport::client::{Address, Connector, ConnectorOptions};
 use openssl::pkey::PKey;
-use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream, SslVerifyMode, SslVersion};
+use openssl::ssl::{
+    HandshakeError, Ssl, SslContext, SslMethod, SslStream, SslVerifyMode, SslVersion,
+};
 use openssl::x509::X509;
 
 use crate::rig::{CLIENT_ID, HOUR, Rig, SERVER_ID, soon};
@@ -218,6 +222,68 @@ fn silent_strangers_delay_nobody() {
     drop(strangers);
 }
 
+/// A socket that reads nothing until it is told to.
+#[derive(Debug)]
+struct Hesitant {
+    socket: UnixStream,
+    reads: bool,
+}
+
+impl Read for Hesitant {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if !self.reads {
+            return Err(std::io::ErrorKind::WouldBlock.into());
+        }
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for Hesitant {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Silence makes room before a peer that is slow to answer does.
+#[test]
+fn strangers_do_not_push_out_a_handshake_under_way() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let _server = rig.serve(rig.server_cell(), &path);
+    let socket = Hesitant {
+        socket: UnixStream::connect(&path).unwrap(),
+        reads: false,
+    };
+    let ssl = client_ssl(&rig, SslVersion::TLS1_3);
+    let Err(HandshakeError::WouldBlock(mut begun)) = ssl.connect(socket) else {
+        panic!("the handshake ended without an answer");
+    };
+    // The server has answered, so it knows that this one speaks.
+    let answered = Interest {
+        fd: begun.get_ref().socket.as_raw_fd(),
+        read: true,
+        write: false,
+    };
+    assert!(poll::wait(&[answered], Some(soon())).unwrap()[0].read);
+    let strangers: Vec<UnixStream> = (0..150)
+        .map(|_| connect_when_there_is_room(&path))
+        .collect();
+    // The first of them was given up.
+    ends(&strangers[0]);
+    begun.get_mut().reads = true;
+    let mut stream = begun.handshake().unwrap();
+    stream
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .unwrap();
+    let mut frame = [0; 9];
+    stream.read_exact(&mut frame).unwrap();
+    assert_eq!(frame[3], 4, "the first frame is SETTINGS");
+}
+
 /// Blocks while the listener's queue is full.
 fn connect_when_there_is_room(path: &Path) -> UnixStream {
     UnixStream::connect(path).unwrap()
@@ -299,8 +365,8 @@ fn servers_that_speak_no_http2_are_given_up() {
 }
 
 /// A client of the `openssl` crate alone with a good certificate, at one
-/// version of TLS; `None` when the handshake fails.
-fn verified(rig: &Rig, path: &Path, version: SslVersion) -> Option<SslStream<UnixStream>> {
+/// version of TLS.
+fn client_ssl(rig: &Rig, version: SslVersion) -> Ssl {
     let (leaf, key) = parts(&rig.pki.issue(CLIENT_ID, HOUR));
     let mut builder = SslContext::builder(SslMethod::tls()).unwrap();
     builder.set_min_proto_version(Some(version)).unwrap();
@@ -310,12 +376,16 @@ fn verified(rig: &Rig, path: &Path, version: SslVersion) -> Option<SslStream<Uni
     builder.set_private_key(&key).unwrap();
     builder.set_verify(SslVerifyMode::NONE);
     builder.set_alpn_protos(b"\x02h2").unwrap();
+    Ssl::new(&builder.build()).unwrap()
+}
+
+/// Its session; `None` when the handshake fails.
+fn verified(rig: &Rig, path: &Path, version: SslVersion) -> Option<SslStream<UnixStream>> {
     let socket = UnixStream::connect(path).unwrap();
     socket
         .set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
-    let mut stream = SslStream::new(Ssl::new(&builder.build()).unwrap(), socket).unwrap();
-    stream.connect().is_ok().then_some(stream)
+    client_ssl(rig, version).connect(socket).ok()
 }
 
 /// grpc-go's minimum; older ones are refused.

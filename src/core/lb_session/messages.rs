@@ -42,6 +42,16 @@ pub enum SessionAction<C> {
     Done,
 }
 
+/// How a session is told to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopping {
+    /// The LB leaves, and others take its traffic: first it gets no new
+    /// packets, and a moment later it is closed.
+    Drained,
+    /// All end: there is nobody else to send to, and no time to lose.
+    AtOnce,
+}
+
 /// What nsmgr knew of our connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Looked<C> {

@@ -98,10 +98,16 @@ proptest! {
         let seconds = u32::try_from((now - begun).as_secs()).unwrap();
         prop_assert!(requests <= 8 + 6 * seconds, "{requests} in {seconds} s");
 
-        session.stop();
+        let drained = seed % 2 == 0;
+        session.stop(if drained { Stopping::Drained } else { Stopping::AtOnce }, now);
+        let stopped = now;
         for step in 0.. {
-            prop_assert!(step < 8, "does not end");
+            prop_assert!(step < 10, "does not end");
             match session.next(now) {
+                SessionAction::Wait(until) if drained => {
+                    prop_assert!(until > now && until - stopped <= DRAIN);
+                    now = until;
+                }
                 SessionAction::Look => session.looked(looked(seed.to_le_bytes()[0]), now),
                 SessionAction::Close(_) => {
                     closed_at_stop += 1;

@@ -7,6 +7,9 @@ use ipnetwork::IpNetwork;
 use netlink_packet_core::{NlasIterator, Parseable};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteNextHop, RouteType,
 };
@@ -25,6 +28,7 @@ pub(super) const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 pub(super) const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
+pub(super) const RTM_NEWNEIGH: u16 = 28;
 pub(super) const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 
@@ -145,6 +149,25 @@ pub fn address(payload: &[u8]) -> Option<(IfIndex, IpNetwork)> {
     // IFA_ADDRESS is the peer's where both are given and differ.
     let address = IpNetwork::new(local.or(plain)?, message.header.prefix_len).ok()?;
     Some((IfIndex::new(message.header.index)?, address))
+}
+
+/// Reads a neighbour that does not answer: whose it is, and its address.
+#[must_use]
+pub fn silent_neighbour(payload: &[u8]) -> Option<(IfIndex, IpAddr)> {
+    let message = NeighbourMessage::parse(payload).ok()?;
+    let silent = [NeighbourState::Failed, NeighbourState::Incomplete];
+    if !silent.contains(&message.header.state) {
+        return None;
+    }
+    let address = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some((*v4).into()),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some((*v6).into()),
+            _ => None,
+        })?;
+    Some((IfIndex::new(message.header.ifindex)?, address))
 }
 
 /// Reads a default route of our table: its family, metric and kind.

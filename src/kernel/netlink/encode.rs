@@ -9,7 +9,8 @@ use ipnetwork::IpNetwork;
 use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::route::{
@@ -45,6 +46,8 @@ pub enum Dump {
     Routes(Family),
     /// All rules of a family.
     Rules(Family),
+    /// All neighbours of a family.
+    Neighbours(Family),
 }
 
 /// The message for `op`, without a wish for an acknowledgement: a refusal is
@@ -60,6 +63,7 @@ pub fn operation(op: &KernelOp, sequence: u32) -> Vec<u8> {
             message.header.change_mask = LinkFlags::Up;
             (RouteNetlinkMessage::SetLink(message), 0)
         }
+        KernelOp::NoOwnLinkLocal { bridge } => (no_own_link_local(*bridge), 0),
         KernelOp::AddAddress {
             bridge,
             address: prefix,
@@ -133,6 +137,11 @@ pub fn dump(what: Dump, sequence: u32) -> Vec<u8> {
             message.header.family = address_family(family);
             RouteNetlinkMessage::GetRule(message)
         }
+        Dump::Neighbours(family) => {
+            let mut message = NeighbourMessage::default();
+            message.header.family = address_family(family);
+            RouteNetlinkMessage::GetNeighbour(message)
+        }
     };
     serialise(message, NLM_F_REQUEST | NLM_F_DUMP, sequence)
 }
@@ -180,19 +189,30 @@ fn address_family(family: Family) -> AddressFamily {
     }
 }
 
-/// Name, hardware address and up, as Meridio's pkg/kernel/bridge.go does; all
+/// Name and hardware address, as Meridio's pkg/kernel/bridge.go sends; all
 /// else is the kernel's default. `vlan_filtering` must not be sent even as 0:
 /// kernels built without it refuse the whole message.
 fn create_bridge(mac: [u8; 6]) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
-    message.header.flags = LinkFlags::Up;
-    message.header.change_mask = LinkFlags::Up;
     message.attributes = vec![
         LinkAttribute::IfName(BRIDGE.to_owned()),
         LinkAttribute::Address(mac.to_vec()),
         LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
     ];
     RouteNetlinkMessage::NewLink(message)
+}
+
+/// Not possible in the message that makes the bridge: there is no IPv6 state to
+/// set yet, so the kernel refuses it (net/ipv6/addrconf.c,
+/// `inet6_validate_link_af`).
+fn no_own_link_local(bridge: IfIndex) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = bridge.get();
+    let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+        vec![mode],
+    )])];
+    RouteNetlinkMessage::SetLink(message)
 }
 
 fn set_master(port: &str, master: u32) -> RouteNetlinkMessage {

@@ -167,6 +167,16 @@ impl Rtnl for Netlink {
                 observed.routes.get_mut(family).insert(metric, kind);
             }
             observed.rules.extend(self.rules(family)?);
+            let silent = self.dump(
+                Dump::Neighbours(family),
+                decode::RTM_NEWNEIGH,
+                decode::silent_neighbour,
+            )?;
+            let bridge = observed.bridge().map(|link| link.index);
+            let ours = silent
+                .into_iter()
+                .filter(|(index, _)| Some(*index) == bridge);
+            observed.silent.extend(ours.map(|(_, address)| address));
         }
         Ok(observed)
     }

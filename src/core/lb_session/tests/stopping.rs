@@ -2,10 +2,10 @@
 
 use super::*;
 
-/// Stops the run and plays it to its end; what was closed.
+/// Stops the run at once and plays it to its end; what was closed.
 fn ending(mut run: Run, looked: &Looked<u32>) -> (Vec<Event>, Vec<u32>) {
     let (mut events, mut closed) = (Vec::new(), Vec::new());
-    run.session.stop();
+    run.session.stop(Stopping::AtOnce, run.now);
     for _ in 0..10 {
         match run.next() {
             SessionAction::Report(event) => events.push(event),
@@ -66,6 +66,51 @@ fn stopping_in_each_state_closes_what_is_connected_once() {
     run.looked(Looked::Absent);
     run.answered(Err(Failure::Unusable(Some(Box::new(3)))));
     assert_eq!(ending(run, &found()), (vec![], vec![3]), "discarding");
+}
+
+#[test]
+fn an_lb_that_leaves_gets_no_new_packets_before_its_port_goes() {
+    let mut run = Run::connected(SECOND * 600);
+    run.session.stop(Stopping::Drained, run.now);
+    run.expect(peer_down());
+    assert_eq!(run.pass(), DRAIN);
+    run.expect(released());
+    run.expect(SessionAction::Close(1));
+    run.session.closed(run.now);
+    run.expect(SessionAction::Done);
+
+    // The same in a refresh that failed; an order to end at once cuts it short.
+    let mut run = Run::connected(SECOND * 600);
+    run.pass();
+    run.answered(Err(Failure::Unclear));
+    run.session.stop(Stopping::Drained, run.now);
+    run.expect(peer_down());
+    run.session.stop(Stopping::AtOnce, run.now);
+    run.expect(released());
+    run.expect(SessionAction::Close(1));
+}
+
+#[test]
+fn what_carries_no_traffic_is_closed_without_delay() {
+    // Reported as down, acted upon or not yet.
+    for acted in [true, false] {
+        let mut run = Run::connected(SECOND * 600);
+        run.monitored(Monitored::Down);
+        if acted {
+            run.expect(peer_down());
+        }
+        run.session.stop(Stopping::Drained, run.now);
+        run.expect(released());
+        run.expect(SessionAction::Close(1));
+    }
+    // Never told.
+    let mut run = Run::new();
+    run.looked(Looked::Found {
+        connection: 4,
+        intact: true,
+    });
+    run.session.stop(Stopping::Drained, run.now);
+    run.expect(SessionAction::Close(4));
 }
 
 #[test]
