@@ -10,7 +10,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: deps
 deps: ## Install what building and testing needs, or say what is missing
@@ -28,6 +28,14 @@ test: build ## Run every test; fails where network namespaces are denied
 demo: deps ## Bring up targets, load balancers and the daemon, send traffic, report
 	$(CARGO) build $(CARGO_FLAGS) --workspace --bins
 	scripts/netns-run.sh target/debug/demo
+
+.PHONY: interop
+interop: deps ## The daemon in a mesh of the NSM SDK's own chains; needs Go
+	CARGO_BUILD_FLAGS="$(CARGO_BUILD_FLAGS)" scripts/interop.sh
+
+.PHONY: interop-full
+interop-full: deps ## The same with all SDK versions, SPIRE and long refresh; half an hour
+	CARGO_BUILD_FLAGS="$(CARGO_BUILD_FLAGS)" scripts/interop.sh full
 
 .PHONY: fmt
 fmt: ## Format the code
