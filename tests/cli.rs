@@ -130,7 +130,7 @@ fn wrong_settings_are_status_1_a_line_each() {
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty());
     let lines: Vec<&str> = text(&output.stderr).lines().collect();
-    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert_eq!(lines.len(), 3, "{lines:?}");
     assert!(
         lines[0].starts_with("SPIFFE_ENDPOINT_SOCKET: not set"),
         "{lines:?}"
@@ -139,6 +139,7 @@ fn wrong_settings_are_status_1_a_line_each() {
         lines[1].starts_with("NSM_DIAL_TIMEOUT=\"5\": "),
         "{lines:?}"
     );
+    assert!(lines[2].starts_with("NSM_MTU=\"575\": "), "{lines:?}");
 
     let output = Command::new(PROXY)
         .env_clear()

@@ -288,7 +288,7 @@ fn all_errors_are_reported_in_one_run() {
     let errors = Config::load(
         &BTreeMap::new(),
         [
-            ("NSM_MTU", OsString::from("x")),
+            ("NSM_MTU", OsString::from("576")),
             ("NSM_DIAL_TIMEOUT", OsString::from("y")),
             ("NSM_NAME", OsString::from_vec(vec![b'a', 0xff])),
         ]
@@ -312,6 +312,10 @@ fn all_errors_are_reported_in_one_run() {
         ]
     );
     assert!(errors.to_string().contains("not UTF-8"), "{errors}");
+    assert!(
+        errors.to_string().contains("too small for dualstack"),
+        "{errors}"
+    );
 }
 
 #[test]

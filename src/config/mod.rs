@@ -91,10 +91,7 @@ impl Config {
             errors.push(error_line(row, text_of(row).as_deref(), &wrong));
         };
         let settings = table::parse(&text_of, &mut report);
-        if let Some(settings) = &settings
-            && let Err(wrong) = value::mtu_fits(settings.mtu, settings.ip_family)
-            && let Some(row) = TABLE.iter().find(|row| row.variable == "NSM_MTU")
-        {
+        if let Some((row, wrong)) = misfit(text_of) {
             report(row, wrong);
         }
         match settings {
@@ -244,6 +241,15 @@ fn find(
             "not UTF-8",
         )),
     }
+}
+
+/// What is wrong with the MTU for the IP families, whatever else is wrong.
+fn misfit(text_of: impl Fn(&Row) -> Option<String>) -> Option<(&'static Row, String)> {
+    let row = |variable| TABLE.iter().find(|row| row.variable == variable);
+    let mtu = row("NSM_MTU")?;
+    let families = value::ip_families(&text_of(row("NSM_IP_FAMILY")?)?).ok()?;
+    let wrong = value::mtu_fits(value::mtu(&text_of(mtu)?).ok()?, families).err()?;
+    Some((mtu, wrong))
 }
 
 fn error_line(row: &Row, text: Option<&str>, wrong: &str) -> String {
