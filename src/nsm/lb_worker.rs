@@ -25,7 +25,7 @@ use crate::proto::connection::{Connection, ConnectionEvent};
 use crate::rpc::pump::{Item, StreamError};
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock;
-use crate::sync::stop::{Stop, Stopper, stop_pair};
+use crate::sync::stop::Stop;
 
 /// Bound of asking nsmgr for a connection, and of opening a stream.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,6 +45,8 @@ pub(super) struct Shared<N, L> {
     pub(super) request_timeout: Duration,
     /// When the last Close has to be over, once the daemon stops.
     pub(super) close_by: Arc<OnceLock<Instant>>,
+    /// Set at that time: ends what began before it was known.
+    pub(super) cut: Stop,
     /// Whether an interface is a port of the bridge and belongs to the
     /// connection with this id.
     pub(super) is_in_place: fn(&IfName, &str) -> bool,
@@ -66,9 +68,6 @@ pub(super) struct LbWorker<N, L> {
     reported: Option<Event>,
     /// The last complaint, so that an outage is one warning.
     complaint: Option<String>,
-    /// In place of the order to stop, once it has been given: what is done
-    /// then is bounded by deadlines alone.
-    last: (Stopper, Stop),
     stopping: bool,
 }
 
@@ -88,7 +87,6 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             at_nsmgr: String::new(),
             reported: None,
             complaint: None,
-            last: stop_pair(),
             stopping: false,
         }
     }
@@ -106,8 +104,14 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 };
                 self.session.stop(how, clock::now());
             }
+            if self.shared.cut.is_set() {
+                // Nothing is waited for any more.
+                self.session.stop(Stopping::AtOnce, clock::now());
+            }
+            // What is done after the order to stop is bounded by deadlines,
+            // and by the end of the time to stop.
             let calls = if self.stopping {
-                self.last.1.clone()
+                self.shared.cut.clone()
             } else {
                 stop.clone()
             };
