@@ -12,6 +12,7 @@ use super::convert::{self, Template};
 use super::error;
 use super::ifname;
 use super::lb_worker::{LbWorker, Shared};
+use super::trouble::Troubles;
 use crate::core::ids::EndpointName;
 use crate::core::lb_session::LbSession;
 use crate::core::mesh::{MOST, Mesh, MeshAction};
@@ -31,6 +32,11 @@ const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Refused names that are remembered, so that each is warned of once.
 const REFUSED_MOST: usize = 64;
 
+/// The causes of warnings.
+const OPEN: &str = "open";
+const WATCH: &str = "watch";
+const LIST: &str = "list";
+
 type Answers = Stream<NetworkServiceEndpointResponse>;
 
 pub(super) struct LbWatch<N, L> {
@@ -45,8 +51,8 @@ pub(super) struct LbWatch<N, L> {
     reopen_at: Instant,
     list: Option<(Answers, Instant)>,
     refused: BTreeSet<String>,
-    /// The last complaint, so that an outage is one warning.
-    complaint: Option<String>,
+    /// What was warned of, so that an outage is one warning a cause.
+    troubles: Troubles,
 }
 
 /// What a turn brought.
@@ -79,7 +85,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             reopen_at: now,
             list: None,
             refused: BTreeSet::new(),
-            complaint: None,
+            troubles: Troubles::default(),
         }
     }
 
@@ -141,7 +147,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         }
         if matches!(&self.list, Some((_, deadline)) if *deadline <= clock::now()) {
             self.list = None;
-            self.complain("the registry's list was not complete in time".to_owned());
+            self.complain(LIST, "the registry's list was not complete in time");
             self.mesh.list_failed(clock::now());
         }
         if self.list.is_none() && self.mesh.list_due(clock::now()) {
@@ -158,7 +164,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match self.shared.nsmgr.find(&query, deadline, stop) {
             Ok(stream) => Some(stream),
             Err(error) => {
-                self.complain(format!("cannot ask the registry for LBs: {error}"));
+                self.complain(OPEN, &format!("cannot ask the registry for LBs: {error}"));
                 None
             }
         }
@@ -166,11 +172,17 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
 
     fn watched(&mut self, item: Option<Item<NetworkServiceEndpointResponse>>) {
         match item {
-            Some(Item::Message(response)) => self.seen(response),
+            Some(Item::Message(response)) => {
+                self.well(&[OPEN, WATCH]);
+                self.seen(response);
+            }
             ended => {
                 // Some versions end it every few seconds.
                 if let Some(Item::Ended(Err(error))) = ended {
-                    self.complain(format!("the registry's stream of LBs ended: {error}"));
+                    self.complain(
+                        WATCH,
+                        &format!("the registry's stream of LBs ended: {error}"),
+                    );
                 } else {
                     debug!("the registry's stream of LBs ended");
                 }
@@ -184,6 +196,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match item {
             Some(Item::Message(response)) => self.seen(response),
             Some(Item::Ended(Ok(()))) => {
+                self.well(&[OPEN, LIST]);
                 self.list = None;
                 for action in self.mesh.listed() {
                     self.act(Some(action));
@@ -191,7 +204,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             }
             other => {
                 if let Some(Item::Ended(Err(error))) = other {
-                    self.complain(format!("the registry's list of LBs failed: {error}"));
+                    self.complain(LIST, &format!("the registry's list of LBs failed: {error}"));
                 }
                 self.list = None;
                 self.mesh.list_failed(clock::now());
@@ -200,9 +213,6 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     }
 
     fn seen(&mut self, response: NetworkServiceEndpointResponse) {
-        if let Some(complaint) = self.complaint.take() {
-            info!("the registry answers again after: {complaint}");
-        }
         let now = Now::read();
         let sighting = convert::sighting(response, &self.options.network_service, &now);
         let Some(sighting) = sighting else { return };
@@ -270,12 +280,17 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     }
 
     /// Warns once for as long as the same thing is wrong.
-    fn complain(&mut self, what: String) {
-        if self.complaint.as_ref() == Some(&what) {
-            debug!("{what}");
-        } else {
+    fn complain(&mut self, cause: &'static str, what: &str) {
+        if self.troubles.is_new(cause, what) {
             warn!("{what}");
-            self.complaint = Some(what);
+        } else {
+            debug!("{what}");
+        }
+    }
+
+    fn well(&mut self, causes: &[&str]) {
+        if let Some(said) = self.troubles.over(causes) {
+            info!("the registry answers again after: {said}");
         }
     }
 }

@@ -19,6 +19,7 @@ mod path;
 mod port;
 #[cfg(test)]
 mod tests;
+pub mod trouble;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
