@@ -12,7 +12,7 @@ use super::convert::{self, Template};
 use super::error;
 use super::ifname;
 use super::lb_worker::{LbWorker, Shared};
-use super::trouble::Troubles;
+use super::trouble::{Ends, Troubles};
 use crate::core::ids::EndpointName;
 use crate::core::lb_session::LbSession;
 use crate::core::mesh::{MOST, Mesh, MeshAction};
@@ -31,6 +31,8 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Refused names that are remembered, so that each is warned of once.
 const REFUSED_MOST: usize = 64;
+/// Streams in a row that brought nothing, before that is warned of.
+const FRUITLESS: u32 = 2;
 
 /// The causes of warnings.
 const OPEN: &str = "open";
@@ -49,6 +51,7 @@ pub(super) struct LbWatch<N, L> {
     number: u32,
     watch: Option<Answers>,
     reopen_at: Instant,
+    ends: Ends,
     list: Option<(Answers, Instant)>,
     refused: BTreeSet<String>,
     /// What was warned of, so that an outage is one warning a cause.
@@ -83,6 +86,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             number: 0,
             watch: None,
             reopen_at: now,
+            ends: Ends::default(),
             list: None,
             refused: BTreeSet::new(),
             troubles: Troubles::default(),
@@ -143,6 +147,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     fn open_due(&mut self, stop: &Stop) {
         if self.watch.is_none() && self.reopen_at <= clock::now() {
             self.watch = self.open(true, stop);
+            self.ends.opened(clock::now());
             self.reopen_at = clock::now() + REOPEN_PAUSE;
         }
         if matches!(&self.list, Some((_, deadline)) if *deadline <= clock::now()) {
@@ -173,22 +178,35 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     fn watched(&mut self, item: Option<Item<NetworkServiceEndpointResponse>>) {
         match item {
             Some(Item::Message(response)) => {
+                self.ends.heard();
                 self.well(&[OPEN, WATCH]);
                 self.seen(response);
             }
             ended => {
-                // Some versions end it every few seconds.
-                if let Some(Item::Ended(Err(error))) = ended {
-                    self.complain(
-                        WATCH,
-                        &format!("the registry's stream of LBs ended: {error}"),
-                    );
-                } else {
-                    debug!("the registry's stream of LBs ended");
-                }
+                self.watch_ended(ended);
                 self.watch = None;
                 self.reopen_at = clock::now() + REOPEN_PAUSE;
             }
+        }
+    }
+
+    /// Says that the stream of LBs ended; loudly only if it does so again and
+    /// again, and brings nothing.
+    fn watch_ended(&mut self, ended: Option<Item<NetworkServiceEndpointResponse>>) {
+        let fruitless = self.ends.ended(clock::now());
+        if fruitless == 0 {
+            self.well(&[WATCH]);
+        }
+        match ended {
+            Some(Item::Ended(Err(error))) => {
+                let what = format!("the registry's stream of LBs ended: {error}");
+                if fruitless < FRUITLESS {
+                    debug!("{what}");
+                } else {
+                    self.complain(WATCH, &what);
+                }
+            }
+            _ => debug!("the registry's stream of LBs ended"),
         }
     }
 
