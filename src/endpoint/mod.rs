@@ -26,6 +26,7 @@ mod path;
 mod random;
 mod register;
 mod reply;
+mod said;
 mod service;
 mod session;
 mod worker;

@@ -12,6 +12,7 @@ use protobuf::Message;
 
 use super::convert::{system_time, timestamp};
 use super::random::Random;
+use super::said::{ENDPOINT, SERVICE, Said, UNREGISTER};
 use crate::core::registration::{LIFETIME, Outcome, Registration, Step};
 use crate::nsm::caller::NsmCaller;
 use crate::proto::registry::{
@@ -66,8 +67,7 @@ pub struct Registrar {
     random: Box<dyn Random>,
     machine: Registration,
     watch: Option<Pump<NetworkServiceEndpointResponse>>,
-    /// The last failure logged, so that retries do not repeat it.
-    trouble: Option<String>,
+    said: Said,
     /// Whether the registration was logged, which refreshes do not repeat.
     told: bool,
 }
@@ -82,7 +82,7 @@ impl Registrar {
             random,
             machine: Registration::new(clock::now()),
             watch: None,
-            trouble: None,
+            said: Said::default(),
             told: false,
         }
     }
@@ -156,7 +156,7 @@ impl Registrar {
     fn register_service(&mut self, leave: &Stop) {
         let service = service(&self.entry);
         let answer = self.call(&method::NS_REGISTER, &service, false, leave);
-        let outcome = self.judge("registering the network service", answer.as_ref().err());
+        let outcome = self.judge(SERVICE, answer.as_ref().err());
         self.machine.service_answered(outcome, clock::now());
     }
 
@@ -170,12 +170,11 @@ impl Registrar {
                 false
             }
         };
-        if same {
+        if self.said.shared(same) {
             info!(
                 service = self.entry.service_name;
                 "this proxy may not register its network service, but the registry has the same"
             );
-            self.trouble = None;
         }
         self.machine.service_checked(same, clock::now());
     }
@@ -215,7 +214,7 @@ impl Registrar {
     fn register_endpoint(&mut self, leave: &Stop) {
         let endpoint = endpoint(&self.entry, Now::read());
         let answer = self.call(&method::NSE_REGISTER, &endpoint, true, leave);
-        let outcome = self.judge("registering the endpoint", answer.as_ref().err());
+        let outcome = self.judge(ENDPOINT, answer.as_ref().err());
         let (Ok(response), Outcome::Done) = (answer, outcome) else {
             return self.machine.endpoint_failed(clock::now());
         };
@@ -284,7 +283,7 @@ impl Registrar {
         let endpoint = endpoint(&self.entry, Now::read());
         let deadline = deadline.min(self.deadline());
         let answer = self.call_by(&method::NSE_UNREGISTER, &endpoint, true, deadline, stop);
-        let outcome = self.judge("unregistering the endpoint", answer.as_ref().err());
+        let outcome = self.judge(UNREGISTER, answer.as_ref().err());
         if outcome == Outcome::Done {
             info!("the endpoint has left the registry");
         }
@@ -341,10 +340,10 @@ impl Registrar {
             .map(|reply| reply.message)
     }
 
-    /// Logs a failure that differs from the last one, and the recovery.
-    fn judge(&mut self, what: &str, error: Option<&RpcError>) -> Outcome {
+    /// Logs a failure that was not logged yet, and the recovery.
+    fn judge(&mut self, what: &'static str, error: Option<&RpcError>) -> Outcome {
         let Some(error) = error else {
-            if self.trouble.take().is_some() {
+            if self.said.succeeded(what) {
                 info!("{what} succeeded");
             }
             return Outcome::Done;
@@ -353,10 +352,10 @@ impl Registrar {
             // By ourselves, to stop.
             return Outcome::Failed;
         }
-        let text = error.to_string();
-        if self.trouble.as_ref() != Some(&text) {
-            warn!("{what} failed and is tried again: {text}");
-            self.trouble = Some(text);
+        if self.said.failed(what, error) {
+            warn!("{what} failed and is tried again: {error}");
+        } else {
+            debug!("{what} failed again: {error}");
         }
         if error.code() == Some(Code::PERMISSION_DENIED) {
             Outcome::Denied

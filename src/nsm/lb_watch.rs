@@ -12,6 +12,7 @@ use super::convert::{self, Template};
 use super::error;
 use super::ifname;
 use super::lb_worker::{LbWorker, Shared};
+use super::trouble::{Ends, Troubles};
 use crate::core::ids::EndpointName;
 use crate::core::lb_session::LbSession;
 use crate::core::mesh::{MOST, Mesh, MeshAction};
@@ -30,6 +31,13 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Refused names that are remembered, so that each is warned of once.
 const REFUSED_MOST: usize = 64;
+/// Streams in a row that brought nothing, before that is warned of.
+const FRUITLESS: u32 = 2;
+
+/// The causes of warnings.
+const OPEN: &str = "open";
+const WATCH: &str = "watch";
+const LIST: &str = "list";
 
 type Answers = Stream<NetworkServiceEndpointResponse>;
 
@@ -43,10 +51,11 @@ pub(super) struct LbWatch<N, L> {
     number: u32,
     watch: Option<Answers>,
     reopen_at: Instant,
+    ends: Ends,
     list: Option<(Answers, Instant)>,
     refused: BTreeSet<String>,
-    /// The last complaint, so that an outage is one warning.
-    complaint: Option<String>,
+    /// What was warned of, so that an outage is one warning a cause.
+    troubles: Troubles,
 }
 
 /// What a turn brought.
@@ -77,9 +86,10 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             number: 0,
             watch: None,
             reopen_at: now,
+            ends: Ends::default(),
             list: None,
             refused: BTreeSet::new(),
-            complaint: None,
+            troubles: Troubles::default(),
         }
     }
 
@@ -137,11 +147,12 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     fn open_due(&mut self, stop: &Stop) {
         if self.watch.is_none() && self.reopen_at <= clock::now() {
             self.watch = self.open(true, stop);
+            self.ends.opened(clock::now());
             self.reopen_at = clock::now() + REOPEN_PAUSE;
         }
         if matches!(&self.list, Some((_, deadline)) if *deadline <= clock::now()) {
             self.list = None;
-            self.complain("the registry's list was not complete in time".to_owned());
+            self.complain(LIST, "the registry's list was not complete in time");
             self.mesh.list_failed(clock::now());
         }
         if self.list.is_none() && self.mesh.list_due(clock::now()) {
@@ -158,7 +169,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match self.shared.nsmgr.find(&query, deadline, stop) {
             Ok(stream) => Some(stream),
             Err(error) => {
-                self.complain(format!("cannot ask the registry for LBs: {error}"));
+                self.complain(OPEN, &format!("cannot ask the registry for LBs: {error}"));
                 None
             }
         }
@@ -166,17 +177,36 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
 
     fn watched(&mut self, item: Option<Item<NetworkServiceEndpointResponse>>) {
         match item {
-            Some(Item::Message(response)) => self.seen(response),
+            Some(Item::Message(response)) => {
+                self.ends.heard();
+                self.well(&[OPEN, WATCH]);
+                self.seen(response);
+            }
             ended => {
-                // Some versions end it every few seconds.
-                if let Some(Item::Ended(Err(error))) = ended {
-                    self.complain(format!("the registry's stream of LBs ended: {error}"));
-                } else {
-                    debug!("the registry's stream of LBs ended");
-                }
+                self.watch_ended(ended);
                 self.watch = None;
                 self.reopen_at = clock::now() + REOPEN_PAUSE;
             }
+        }
+    }
+
+    /// Says that the stream of LBs ended; loudly only if it does so again and
+    /// again, and brings nothing.
+    fn watch_ended(&mut self, ended: Option<Item<NetworkServiceEndpointResponse>>) {
+        let fruitless = self.ends.ended(clock::now());
+        if fruitless == 0 {
+            self.well(&[WATCH]);
+        }
+        match ended {
+            Some(Item::Ended(Err(error))) => {
+                let what = format!("the registry's stream of LBs ended: {error}");
+                if fruitless < FRUITLESS {
+                    debug!("{what}");
+                } else {
+                    self.complain(WATCH, &what);
+                }
+            }
+            _ => debug!("the registry's stream of LBs ended"),
         }
     }
 
@@ -184,6 +214,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match item {
             Some(Item::Message(response)) => self.seen(response),
             Some(Item::Ended(Ok(()))) => {
+                self.well(&[OPEN, LIST]);
                 self.list = None;
                 for action in self.mesh.listed() {
                     self.act(Some(action));
@@ -191,7 +222,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             }
             other => {
                 if let Some(Item::Ended(Err(error))) = other {
-                    self.complain(format!("the registry's list of LBs failed: {error}"));
+                    self.complain(LIST, &format!("the registry's list of LBs failed: {error}"));
                 }
                 self.list = None;
                 self.mesh.list_failed(clock::now());
@@ -200,9 +231,6 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     }
 
     fn seen(&mut self, response: NetworkServiceEndpointResponse) {
-        if let Some(complaint) = self.complaint.take() {
-            info!("the registry answers again after: {complaint}");
-        }
         let now = Now::read();
         let sighting = convert::sighting(response, &self.options.network_service, &now);
         let Some(sighting) = sighting else { return };
@@ -270,12 +298,17 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
     }
 
     /// Warns once for as long as the same thing is wrong.
-    fn complain(&mut self, what: String) {
-        if self.complaint.as_ref() == Some(&what) {
-            debug!("{what}");
-        } else {
+    fn complain(&mut self, cause: &'static str, what: &str) {
+        if self.troubles.is_new(cause, what) {
             warn!("{what}");
-            self.complaint = Some(what);
+        } else {
+            debug!("{what}");
+        }
+    }
+
+    fn well(&mut self, causes: &[&str]) {
+        if let Some(said) = self.troubles.over(causes) {
+            info!("the registry answers again after: {said}");
         }
     }
 }

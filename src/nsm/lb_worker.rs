@@ -13,6 +13,7 @@ use super::convert::{self, Template};
 use super::ifname;
 use super::netns::Netns;
 use super::path;
+use super::trouble::Troubles;
 use crate::core::event::Event;
 use crate::core::ids::{IfName, LeaseId};
 use crate::core::lb_session::{
@@ -25,7 +26,7 @@ use crate::proto::connection::{Connection, ConnectionEvent};
 use crate::rpc::pump::{Item, StreamError};
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock;
-use crate::sync::stop::{Stop, Stopper, stop_pair};
+use crate::sync::stop::Stop;
 
 /// Bound of asking nsmgr for a connection, and of opening a stream.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,6 +34,22 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 const LAST_LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a refresh waits for IPAM when the addresses are known anyway.
 const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The causes of warnings.
+mod cause {
+    pub(super) const LOOK: &str = "look";
+    pub(super) const LIST: &str = "list";
+    pub(super) const ADDRESSES: &str = "addresses";
+    pub(super) const RENEWAL: &str = "renewal";
+    pub(super) const NAME: &str = "name";
+    /// It is not known what became of a Request.
+    pub(super) const UNCLEAR: &str = "unclear";
+    pub(super) const REFUSED: &str = "refused";
+    pub(super) const ANSWER: &str = "answer";
+    pub(super) const WATCH: &str = "watch";
+    /// What a Request that succeeds proves to be over.
+    pub(super) const REQUESTS: [&str; 6] = [LOOK, LIST, NAME, UNCLEAR, REFUSED, ANSWER];
+}
 
 /// What the sessions of a mesh have in common.
 #[derive(Clone)]
@@ -45,6 +62,8 @@ pub(super) struct Shared<N, L> {
     pub(super) request_timeout: Duration,
     /// When the last Close has to be over, once the daemon stops.
     pub(super) close_by: Arc<OnceLock<Instant>>,
+    /// Set at that time: ends what began before it was known.
+    pub(super) cut: Stop,
     /// Whether an interface is a port of the bridge and belongs to the
     /// connection with this id.
     pub(super) is_in_place: fn(&IfName, &str) -> bool,
@@ -64,11 +83,8 @@ pub(super) struct LbWorker<N, L> {
     at_nsmgr: String,
     /// What `net` was told last.
     reported: Option<Event>,
-    /// The last complaint, so that an outage is one warning.
-    complaint: Option<String>,
-    /// In place of the order to stop, once it has been given: what is done
-    /// then is bounded by deadlines alone.
-    last: (Stopper, Stop),
+    /// What was warned of, so that an outage is one warning a cause.
+    troubles: Troubles,
     stopping: bool,
 }
 
@@ -87,8 +103,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             leased: false,
             at_nsmgr: String::new(),
             reported: None,
-            complaint: None,
-            last: stop_pair(),
+            troubles: Troubles::default(),
             stopping: false,
         }
     }
@@ -106,8 +121,14 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 };
                 self.session.stop(how, clock::now());
             }
+            if self.shared.cut.is_set() {
+                // Nothing is waited for any more.
+                self.session.stop(Stopping::AtOnce, clock::now());
+            }
+            // What is done after the order to stop is bounded by deadlines,
+            // and by the end of the time to stop.
             let calls = if self.stopping {
-                self.last.1.clone()
+                self.shared.cut.clone()
             } else {
                 stop.clone()
             };
@@ -169,7 +190,10 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             recv(stop.receiver()) -> _ => Looked::Unreachable,
             // A connected nsmgr that says nothing is not waited for again.
             recv(at(deadline)) -> _ => {
-                self.complain("nsmgr did not list its connections in time".to_owned());
+                self.complain(
+                    cause::LIST,
+                    "nsmgr did not list its connections in time",
+                );
                 Looked::Absent
             },
         }
@@ -180,14 +204,20 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             StreamError::Rpc(rpc) if rpc.is_unavailable() => self.not_found(&rpc.to_string()),
             // Some versions let only those see a connection who have made it.
             _ => {
-                self.complain(format!("nsmgr does not list its connections: {error}"));
+                self.complain(
+                    cause::LIST,
+                    &format!("nsmgr does not list its connections: {error}"),
+                );
                 Looked::Absent
             }
         }
     }
 
     fn not_found(&mut self, why: &str) -> Looked<Connection> {
-        self.complain(format!("nsmgr cannot be asked for its connections: {why}"));
+        self.complain(
+            cause::LOOK,
+            &format!("nsmgr cannot be asked for its connections: {why}"),
+        );
         Looked::Unreachable
     }
 
@@ -220,7 +250,10 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let addresses = match self.acquire(&plan, stop) {
             Ok(addresses) => addresses,
             Err(error) => {
-                self.complain(format!("no addresses from IPAM: {error}"));
+                self.complain(
+                    cause::ADDRESSES,
+                    &format!("no addresses from IPAM: {error}"),
+                );
                 return Err(Failure::NotSent);
             }
         };
@@ -232,7 +265,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             plan => plan,
         };
         let Some(ifname) = ifname::generate(&self.template.service, ifname::random) else {
-            self.complain("cannot make a name for the interface".to_owned());
+            self.complain(cause::NAME, "cannot make a name for the interface");
             return Err(Failure::NotSent);
         };
         debug!(id = self.template.id; "request: {}", describe(&plan));
@@ -242,8 +275,13 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         match self.shared.nsmgr.request(&request, netns, deadline, stop) {
             Ok(connection) => self.check(connection, &addresses),
             Err(error) => {
-                self.complain(format!("Request failed: {error}"));
-                Err(failure(&error))
+                let failure = failure(&error);
+                let cause = match failure {
+                    Failure::Refused => cause::REFUSED,
+                    _ => cause::UNCLEAR,
+                };
+                self.complain(cause, &format!("Request failed: {error}"));
+                Err(failure)
             }
         }
     }
@@ -257,13 +295,14 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         match self.template.check(connection, addresses, clock::wall()) {
             Ok(established) => {
                 path::nsmgr_id(&established.connection).clone_into(&mut self.at_nsmgr);
-                if let Some(complaint) = self.complaint.take() {
-                    info!(id = self.template.id; "well again after: {complaint}");
-                }
+                self.well(&cause::REQUESTS);
                 Ok(established)
             }
             Err(error) => {
-                self.complain(format!("nsmgr's answer is not used: {error}"));
+                self.complain(
+                    cause::ANSWER,
+                    &format!("nsmgr's answer is not used: {error}"),
+                );
                 let closable = self.template.is_closable(&copy);
                 Err(Failure::Unusable(closable.then(|| Box::new(copy))))
             }
@@ -283,14 +322,16 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         match self.shared.leases.acquire(self.lease_id(), deadline, stop) {
             Ok(addresses) => {
                 self.addresses = Some(addresses);
+                self.well(&[cause::ADDRESSES, cause::RENEWAL]);
                 Ok(addresses)
             }
             Err(IpamError::Stopped) => Err(IpamError::Stopped),
             Err(error) => match known {
                 Some(addresses) => {
-                    self.complain(format!(
-                        "IPAM did not renew the addresses, they are kept: {error}"
-                    ));
+                    self.complain(
+                        cause::RENEWAL,
+                        &format!("IPAM did not renew the addresses, they are kept: {error}"),
+                    );
                     Ok(addresses)
                 }
                 None => Err(error),
@@ -308,7 +349,10 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 self.session.watching(true, clock::now());
             }
             Err(error) => {
-                self.complain(format!("cannot watch the connection: {error}"));
+                self.complain(
+                    cause::WATCH,
+                    &format!("cannot watch the connection: {error}"),
+                );
                 self.session.watching(false, clock::now());
             }
         }
@@ -360,6 +404,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let now = clock::now();
         match item {
             Some(Item::Message(event)) => {
+                self.well(&[cause::WATCH]);
                 let Some(said) = self.template.monitored(&event, &self.at_nsmgr) else {
                     return;
                 };
@@ -381,12 +426,17 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
     }
 
     /// Warns once for as long as the same thing is wrong.
-    fn complain(&mut self, what: String) {
-        if self.complaint.as_ref() == Some(&what) {
-            debug!(id = self.template.id; "{what}");
-        } else {
+    fn complain(&mut self, cause: &'static str, what: &str) {
+        if self.troubles.is_new(cause, what) {
             warn!(id = self.template.id; "{what}");
-            self.complaint = Some(what);
+        } else {
+            debug!(id = self.template.id; "{what}");
+        }
+    }
+
+    fn well(&mut self, causes: &[&str]) {
+        if let Some(said) = self.troubles.over(causes) {
+            info!(id = self.template.id; "well again after: {said}");
         }
     }
 }

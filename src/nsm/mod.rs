@@ -19,6 +19,7 @@ mod path;
 mod port;
 #[cfg(test)]
 mod tests;
+pub mod trouble;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -30,6 +31,7 @@ use crate::core::ids::IfName;
 use crate::ipam::IpamHandle;
 use crate::kernel::NetHandle;
 use crate::sync::clock;
+use crate::sync::stop::{Stopper, stop_pair};
 use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
 use caller::NsmCaller;
 use client::{Leases, Nsmgr};
@@ -74,6 +76,8 @@ pub struct LbMesh {
     watch: ThreadHandle,
     sessions: Receiver<Vec<ThreadHandle>>,
     close_by: Arc<OnceLock<Instant>>,
+    // INVARIANT: dropped last: without it nothing is closed in order.
+    cut: Stopper,
 }
 
 impl LbMesh {
@@ -107,6 +111,7 @@ impl LbMesh {
         surroundings: Surroundings,
     ) -> std::io::Result<Self> {
         let close_by = Arc::new(OnceLock::new());
+        let (cut, is_cut) = stop_pair();
         let shared = Shared {
             nsmgr,
             leases,
@@ -114,6 +119,7 @@ impl LbMesh {
             netns: Arc::new(Netns::own()?),
             request_timeout: options.request_timeout,
             close_by: Arc::clone(&close_by),
+            cut: is_cut,
             is_in_place: surroundings.is_in_place,
         };
         let (tx, sessions) = bounded(1);
@@ -126,6 +132,7 @@ impl LbMesh {
             watch,
             sessions,
             close_by,
+            cut,
         })
     }
 
@@ -137,6 +144,7 @@ impl LbMesh {
             watch,
             sessions,
             close_by,
+            cut,
         } = self;
         let by = deadline.checked_sub(STOP_MARGIN).unwrap_or(deadline);
         // Set once: nobody else sets it, and `self` is used up.
@@ -144,7 +152,14 @@ impl LbMesh {
         let mut overdue = Vec::new();
         join(watch, deadline, &mut overdue);
         // Empty only if `lb-watch` is overdue itself.
-        for session in sessions.try_recv().unwrap_or_default() {
+        let mut sessions = sessions.try_recv().unwrap_or_default();
+        for session in &mut sessions {
+            // Which are late is seen below.
+            let _ = session.join_by(by);
+        }
+        // A Close that began before the stop has a later deadline of its own.
+        cut.stop();
+        for session in sessions {
             join(session, deadline, &mut overdue);
         }
         overdue

@@ -71,6 +71,22 @@ fn a_silent_nsmgr_does_not_hold_up_the_stop() {
 }
 
 #[test]
+fn a_close_that_began_before_the_stop_does_not_hold_it_up() {
+    let world = world();
+    let (_, _watch) = world.connects("lb-1");
+    world.registry.message(endpoint("lb-1", true));
+    let (_, _never_answered) = world.close();
+    let (stopped, rest) = world.stopping(Duration::from_secs(1));
+    assert!(
+        stopped.join().unwrap().is_empty(),
+        "it ended by itself, not after the 15 s of a Close"
+    );
+    // The wait before is for the thread; this was sent before its end.
+    assert_eq!(rest.released.try_recv(), Ok(LeaseId::new(id("lb-1"))));
+    assert!(rest.calls.try_recv().is_err(), "nor was it made again");
+}
+
+#[test]
 fn a_request_under_way_at_the_stop_is_looked_for_and_closed() {
     let world = world();
     world.registers("lb-1");
