@@ -14,7 +14,7 @@ use meridio_proxy::proto::connection::Connection;
 use parking_lot::Mutex;
 
 use crate::datapath::LocalEndpoint;
-use crate::link::{Hop, Rtnl};
+use crate::link::{Hop, Rtnl, wait_ready};
 use crate::netns::Netns;
 use crate::spread::{Member, Passed, Spread};
 
@@ -180,9 +180,14 @@ impl LocalEndpoint for Lb {
         Ok(connection)
     }
 
-    fn connected(&self, _connection: &Connection) {
+    fn connected(&self, connection: &Connection) {
+        let ifname = self.0.state.lock().connections.get(&connection.id).cloned();
+        // The proxy sends as soon as it is told of the connection.
+        let ready = ifname.map_or(Ok(()), |ifname| {
+            wait_ready(&self.0.netns, &self.0.rtnl, &ifname)
+        });
         let mut state = self.0.state.lock();
-        if let Err(error) = self.0.refresh(&mut state) {
+        if let Err(error) = ready.and_then(|()| self.0.refresh(&mut state)) {
             log::warn!("load balancer {}: {error}", self.0.name);
         }
     }

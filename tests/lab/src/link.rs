@@ -25,7 +25,7 @@ use crate::netns::Netns;
 
 mod changes;
 mod codec;
-pub use changes::wait_until;
+pub use changes::{wait_ready, wait_running, wait_until};
 use codec::{
     address_message, collect, family, read_address, read_link, read_route, read_rule,
     route_message, rule_message,
@@ -50,6 +50,9 @@ pub struct Link {
     pub up: bool,
     /// The other end is up, too.
     pub carrier: bool,
+    /// The kernel has noted the carrier. It does so by deferred work, and
+    /// until then the link drops what is sent, and a bridge its port's packets.
+    pub running: bool,
     /// The bridge that it is a port of.
     pub master: Option<u32>,
     pub mac: Vec<u8>,

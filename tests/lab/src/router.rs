@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use parking_lot::Mutex;
 
-use crate::link::{Hop, Route, Rtnl, any};
+use crate::link::{Hop, Route, Rtnl, any, wait_ready};
 use crate::netns::Netns;
 use crate::spread::{Member, Passed, Spread};
 
@@ -46,6 +46,8 @@ impl Router {
         }
         rtnl.set_up(index, true)?;
         outside.set_up(eth0, true)?;
+        wait_ready(&netns, &rtnl, "client")?;
+        wait_ready(&client, &outside, "eth0")?;
         for gateway in ["10.99.0.1", "fd99::1"].map(address) {
             outside.replace_route(&Route::via(any(gateway), gateway, eth0))?;
         }
@@ -88,6 +90,8 @@ impl Router {
         }
         self.rtnl.set_up(index, true)?;
         inside.set_up(up, true)?;
+        wait_ready(&self.netns, &self.rtnl, &ifname)?;
+        wait_ready(lb, &inside, "up")?;
         for prefix in &prefixes {
             let gateway = address(&format!("{prefix}1"));
             inside.replace_route(&Route::via(any(gateway), gateway, up))?;

@@ -14,8 +14,11 @@ use meridio_proxy::proto::connectioncontext::{IPContext, PolicyRoute, Route};
 use parking_lot::Mutex;
 
 use crate::echo::Echo;
-use crate::link::{any, host};
+use crate::link::{Rtnl, any, host, wait_ready};
 use crate::netns::Netns;
+
+/// The interface of its connection.
+const IFNAME: &str = "nsm-0";
 
 /// The mesh as a target sees it: nsmgr, or something simpler in the lab's own
 /// tests.
@@ -96,7 +99,14 @@ impl Target {
     pub fn connect(&self) -> Result<(), String> {
         let mut state = self.state.lock();
         self.request(&mut state)?;
-        self.tell_vips(&mut state)
+        self.tell_vips(&mut state)?;
+        self.ready()
+            .map_err(|error| format!("target {}: {error}", self.name))
+    }
+
+    /// Load balancers send as soon as the target is registered.
+    fn ready(&self) -> io::Result<()> {
+        wait_ready(&self.netns, &Rtnl::open(&self.netns)?, IFNAME)
     }
 
     /// Replaces the VIPs.
@@ -159,7 +169,7 @@ impl Target {
             name: self.name.clone(),
             service: self.service.clone(),
             netns: self.netns.fd(),
-            ifname: "nsm-0".to_owned(),
+            ifname: IFNAME.to_owned(),
             labels: BTreeMap::from([("nodeName".to_owned(), self.node.clone())]),
             ip_context: state.context.clone(),
         })?;

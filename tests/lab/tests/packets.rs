@@ -13,7 +13,7 @@ use meridio_lab::burst;
 use meridio_lab::datapath::{Datapath, End, LocalEndpoint};
 use meridio_lab::echo::PORT;
 use meridio_lab::lb::{Lb, Targets};
-use meridio_lab::link::{Hop, Route, Rtnl, Rule, any, host};
+use meridio_lab::link::{Hop, Route, Rtnl, Rule, any, host, wait_running};
 use meridio_lab::netns::Netns;
 use meridio_lab::router::Router;
 use meridio_lab::target::{Mesh, Target, Wish};
@@ -88,7 +88,9 @@ impl ByHand {
         }
     }
 
+    /// A port forwards from the moment that it joins only if it is running.
     fn enslave(&self, ifname: &str) {
+        wait_running(&self.netns, &self.rtnl, ifname).unwrap();
         let index = self.rtnl.link(ifname).unwrap().index;
         self.rtnl.set_master(index, Some(self.bridge)).unwrap();
     }
@@ -328,7 +330,7 @@ fn orderly_changes_lose_nothing() {
     world.add_lb(3);
     assert!(flows.run_for(10, LIMIT));
     let step = flows.step(mark);
-    assert_eq!((step.lost, step.moved_target), (0, 0), "LB joins: {step}");
+    assert_eq!((step.lost, step.moved_target), (0, 0), "LB joins: {step:?}");
     assert!(step.moved_back > 0 && step.moved_there > 0, "{step}");
 
     let mark = flows.mark();

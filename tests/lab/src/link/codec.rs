@@ -136,6 +136,7 @@ pub(super) fn read_link(message: &LinkMessage) -> Link {
         index: message.header.index,
         up: message.header.flags.contains(LinkFlags::Up),
         carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        running: message.header.flags.contains(LinkFlags::Running),
         ..Link::default()
     };
     for attribute in &message.attributes {

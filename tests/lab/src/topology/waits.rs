@@ -36,7 +36,7 @@ impl Topology {
             let port = links.iter().find(|link| link.alias == alias);
             Ok(bridge
                 .zip(port)
-                .is_some_and(|(bridge, port)| port.master == Some(bridge.index)))
+                .is_some_and(|(bridge, port)| port.running && port.master == Some(bridge.index)))
         })
     }
 
