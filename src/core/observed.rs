@@ -23,7 +23,9 @@ pub struct Link {
     pub master: Option<IfIndex>,
     /// Administratively up.
     pub up: bool,
-    /// Has a carrier.
+    /// Has a carrier that the kernel has acted on (`IFF_RUNNING`, RFC 2863): the
+    /// lower layer's flag is up some time before, while a bridge does not yet
+    /// forward over the port.
     pub carrier: bool,
     /// Is a bridge itself.
     pub is_bridge: bool,

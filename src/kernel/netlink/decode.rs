@@ -41,7 +41,7 @@ const IFLA_INFO_KIND: u16 = 1;
 
 /// linux/if.h.
 const IFF_UP: u32 = 1;
-const IFF_LOWER_UP: u32 = 1 << 16;
+const IFF_RUNNING: u32 = 1 << 6;
 
 /// `struct ifinfomsg`.
 const LINK_HEADER: usize = 16;
@@ -128,7 +128,7 @@ pub fn link(payload: &[u8]) -> Option<Link> {
         alias,
         master,
         up: flags & IFF_UP != 0,
-        carrier: flags & IFF_LOWER_UP != 0,
+        carrier: flags & IFF_RUNNING != 0,
         is_bridge,
     })
 }
