@@ -74,7 +74,15 @@ impl Daemon {
         let hosts = options.dir.join("hosts");
         fs::write(&hosts, hosts_file(&options.hosts))?;
         let (reader, writer) = io::pipe()?;
-        let mut command = Command::new(&options.binary);
+        // The pod's `/tmp` hides a checkout that lies below it, so the binary
+        // is shown elsewhere.
+        let program = options.dir.join("proxy");
+        fs::File::create(&program)?;
+        let binary = fs::canonicalize(&options.binary).map_err(|error| {
+            let binary = options.binary.display();
+            io::Error::new(error.kind(), format!("start {binary}: {error}"))
+        })?;
+        let mut command = Command::new(&program);
         command
             .args(&options.args)
             .env_clear()
@@ -84,7 +92,14 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(writer.try_clone()?)
             .stderr(writer);
-        let pod = Pod::new(&options.netns, &hosts, &tmp)?;
+        let pod = Pod::new(
+            &options.netns,
+            [
+                (&binary, &program),
+                (&hosts, Path::new("/etc/hosts")),
+                (&tmp, Path::new("/tmp")),
+            ],
+        )?;
         // SAFETY: the closure makes system calls only, on memory that was
         // prepared before the fork.
         unsafe { command.pre_exec(move || pod.enter()) };
@@ -325,18 +340,18 @@ fn hosts_file(hosts: &[(IpAddr, String)]) -> String {
 /// What a child enters before it becomes the daemon.
 struct Pod {
     netns: Netns,
-    binds: [(CString, CString); 2],
+    binds: [(CString, CString); 3],
 }
 
 impl Pod {
-    fn new(netns: &Netns, hosts: &Path, tmp: &Path) -> io::Result<Self> {
+    /// `binds`: what is shown where.
+    fn new(netns: &Netns, binds: [(&Path, &Path); 3]) -> io::Result<Self> {
         let text = |path: &Path| CString::new(path.as_os_str().as_bytes());
+        let bind = |(from, to)| Ok::<_, io::Error>((text(from)?, text(to)?));
+        let [program, hosts, tmp] = binds;
         Ok(Self {
             netns: netns.clone(),
-            binds: [
-                (text(hosts)?, c"/etc/hosts".to_owned()),
-                (text(tmp)?, c"/tmp".to_owned()),
-            ],
+            binds: [bind(program)?, bind(hosts)?, bind(tmp)?],
         })
     }
 
