@@ -9,6 +9,7 @@
 )]
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -45,16 +46,17 @@ impl Proxy {
     }
 
     fn start_with(agent: &str, prepare: &str) -> Self {
-        let script = format!("mount -t tmpfs none /tmp && {prepare} && exec \"$0\"");
+        // With a /tmp of its own, in which a checkout that lies below /tmp is
+        // seen all the same.
+        let script = format!(
+            "mount --bind \"$1\" /mnt && mount -t tmpfs none /tmp && mkdir -p \"$1\" && \
+             mount --bind /mnt \"$1\" && {prepare} && exec \"$0\""
+        );
+        let binary = Path::new(env!("CARGO_BIN_EXE_proxy"));
+        let target = binary.ancestors().nth(2).expect("target/debug/proxy");
         let mut child = Command::new("unshare")
-            .args([
-                "--mount",
-                "--net",
-                "sh",
-                "-c",
-                &script,
-                env!("CARGO_BIN_EXE_proxy"),
-            ])
+            .args(["--mount", "--net", "sh", "-c", &script])
+            .args([binary, target])
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("SPIFFE_ENDPOINT_SOCKET", agent)
