@@ -1,5 +1,5 @@
-//! The command line: a flag for each setting, and three that print something
-//! and end. Go's spelling of long flags with one dash (`-version`,
+//! The command line: a flag for each setting, three that print something and
+//! end, and the verb `config`, which prints the settings. Go's spelling of long flags with one dash (`-version`,
 //! `-debug=true`) is understood, since that is what people know from Meridio's
 //! proxy.
 
@@ -27,9 +27,19 @@ pub enum Invocation {
     Debug,
     /// Print this text.
     Help(String),
-    /// Be the proxy, with the values of these variables given as flags.
-    Run(BTreeMap<&'static str, OsString>),
+    /// Print the settings in force, with the values given as flags.
+    Config {
+        /// The flags, by the variable that each stands for.
+        flags: Flags,
+        /// As JSON.
+        json: bool,
+    },
+    /// Be the proxy, with the values given as flags.
+    Run(Flags),
 }
+
+/// Values given as flags, by the variable that each stands for.
+pub type Flags = BTreeMap<&'static str, OsString>;
 
 /// Wrong usage: what to print on standard error.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +49,9 @@ pub struct Usage(pub String);
 static FLAGS: LazyLock<Vec<String>> = LazyLock::new(|| TABLE.iter().map(Row::flag).collect());
 
 /// Flags that are true or absent.
-const SWITCHES: [&str; 3] = ["version", "debug", "help"];
+const SWITCHES: [&str; 4] = ["version", "debug", "help", "json"];
+/// The verb that prints the settings instead of being the proxy.
+const CONFIG: &str = "config";
 
 /// Reads the arguments after the program's name.
 ///
@@ -66,12 +78,17 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         return Ok(Invocation::Help(command().render_help().to_string()));
     }
     let given = |row: &Row| matches.get_one::<OsString>(row.variable).cloned();
-    Ok(Invocation::Run(
-        TABLE
-            .iter()
-            .filter_map(|row| Some((row.variable, given(row)?)))
-            .collect(),
-    ))
+    let flags = TABLE
+        .iter()
+        .filter_map(|row| Some((row.variable, given(row)?)))
+        .collect();
+    Ok(match matches.get_one::<String>("verb") {
+        Some(_) => {
+            let json = matches.get_flag("json");
+            Invocation::Config { flags, json }
+        }
+        None => Invocation::Run(flags),
+    })
 }
 
 fn command() -> Command {
@@ -95,10 +112,18 @@ fn command() -> Command {
         .disable_help_flag(true)
         .disable_version_flag(true)
         .args_override_self(true)
+        .arg(
+            Arg::new("verb")
+                .value_name("VERB")
+                .value_parser([CONFIG])
+                .hide_possible_values(true)
+                .help("config: print every setting in force and where it comes from"),
+        )
         .next_help_heading("Informational")
         .arg(switch("version", "Print the version"))
         .arg(switch("debug", "Print the state of the system as JSON"))
         .arg(switch("help", "Print this help").short('h'))
+        .arg(switch("json", "With config: print JSON").requires("verb"))
         .next_help_heading("Settings")
         .args(
             (1..)

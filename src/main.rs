@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use meridio_proxy::cli::{self, Invocation};
-use meridio_proxy::config::Config;
+use meridio_proxy::cli::{self, Flags, Invocation};
+use meridio_proxy::config::{Config, ConfigErrors, report};
 use meridio_proxy::daemon::{self, debug};
 use meridio_proxy::health::client::{self, Probe};
 use meridio_proxy::logging;
@@ -31,11 +31,39 @@ fn main() -> ExitCode {
             Ok(config) => ExitCode::from(daemon::run(&config)),
             Err(errors) => {
                 logging::termination_message(&errors.to_string());
-                complain(&errors.to_string(), 1)
+                refuse(&errors)
             }
         },
+        Ok(Invocation::Config { flags, json }) => settings(&flags, json),
         Err(usage) => complain(usage.0.trim_end(), 2),
     }
+}
+
+/// Prints the settings in force, or everything that is wrong with them.
+fn settings(flags: &Flags, json: bool) -> ExitCode {
+    match Config::load(flags, std::env::vars_os()) {
+        Ok(config) if json => print(&report::json(&config)),
+        Ok(config) => {
+            for warning in config.warnings() {
+                complain(&format!("warning: {warning}"), 0);
+            }
+            print(&report::table(&config))
+        }
+        Err(errors) => {
+            if json {
+                print(&report::json_errors(&errors));
+            }
+            refuse(&errors)
+        }
+    }
+}
+
+/// Says what is wrong with the settings, and what may have been meant.
+fn refuse(errors: &ConfigErrors) -> ExitCode {
+    for warning in errors.warnings() {
+        complain(&format!("warning: {warning}"), 1);
+    }
+    complain(&errors.to_string(), 1)
 }
 
 fn probe(args: impl Iterator<Item = OsString>) -> ExitCode {

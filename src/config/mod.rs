@@ -5,8 +5,11 @@
 //! environment over defaults. A variable that is set to nothing counts as set,
 //! as in Meridio.
 
+pub mod report;
+pub(crate) mod secret;
 pub mod table;
 pub mod value;
+mod written;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -32,6 +35,8 @@ pub enum Origin {
     Flag,
     /// The environment.
     Environment,
+    /// The environment, under the name without `NSM_`.
+    Fallback,
     /// Nobody set it.
     Default,
 }
@@ -47,19 +52,29 @@ pub struct Config {
 
 /// Everything that is wrong with the settings, a line each.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConfigErrors(Vec<String>);
+pub struct ConfigErrors {
+    errors: Vec<String>,
+    warnings: Vec<String>,
+}
 
 impl ConfigErrors {
     /// The lines.
     #[must_use]
     pub fn lines(&self) -> &[String] {
-        &self.0
+        &self.errors
+    }
+
+    /// What is odd besides: a variable that is no setting may be the reason
+    /// why another is missing.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 }
 
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("\n"))
+        f.write_str(&self.errors.join("\n"))
     }
 }
 
@@ -94,17 +109,18 @@ impl Config {
         if let Some((row, wrong)) = misfit(text_of) {
             report(row, wrong);
         }
+        let warnings = unknown_variables(&environment);
         match settings {
             Some(settings) if errors.is_empty() => {
                 let mut config = Self {
                     settings,
-                    warnings: unknown_variables(&environment),
+                    warnings,
                     texts,
                 };
                 config.adjust();
                 Ok(config)
             }
-            _ => Err(ConfigErrors(errors)),
+            _ => Err(ConfigErrors { errors, warnings }),
         }
     }
 
@@ -146,8 +162,13 @@ impl Config {
     }
 
     fn adjust(&mut self) {
-        let settings = &mut self.settings;
-        settings.grpc_keepalive_time = settings.grpc_keepalive_time.max(KEEPALIVE_MIN);
+        let keepalive = &mut self.settings.grpc_keepalive_time;
+        if *keepalive < KEEPALIVE_MIN {
+            *keepalive = KEEPALIVE_MIN;
+            self.warnings.push(format!(
+                "NSM_GRPC_KEEPALIVE_TIME is too short; {KEEPALIVE_MIN:?} is used"
+            ));
+        }
         let family = |text: &str| {
             ["ipv4", "ipv6", "dualstack", ""]
                 .iter()
@@ -187,10 +208,8 @@ impl fmt::Display for Config {
         let mut defaults = 0;
         for row in TABLE {
             match self.texts.get(row.variable) {
-                Some((text, Origin::Flag | Origin::Environment)) => {
-                    write!(f, "{}={} ", row.variable, shown(text))?;
-                }
-                _ => defaults += 1,
+                None | Some((_, Origin::Default)) => defaults += 1,
+                Some((text, _)) => write!(f, "{}={} ", row.variable, shown(text))?,
             }
         }
         write!(f, "({defaults} defaults)")
@@ -206,7 +225,7 @@ impl Config {
             .iter()
             .filter_map(|row| {
                 let (text, _) = self.texts.get(row.variable)?;
-                Some((row.variable.to_owned(), text.clone().into()))
+                Some((row.variable.to_owned(), secret::masked(text).into()))
             })
             .collect::<serde_json::Map<_, _>>()
             .into()
@@ -222,8 +241,10 @@ fn find(
     let variable = |name: &str| environment.get(&OsString::from(name));
     let found = if let Some(text) = flags.get(row.variable) {
         (text, Origin::Flag)
-    } else if let Some(text) = variable(row.variable).or_else(|| row.fallback.and_then(variable)) {
+    } else if let Some(text) = variable(row.variable) {
         (text, Origin::Environment)
+    } else if let Some(text) = row.fallback.and_then(variable) {
+        (text, Origin::Fallback)
     } else if let Some(text) = row.default {
         return Ok((text.to_owned(), Origin::Default));
     } else {
@@ -260,8 +281,9 @@ fn error_line(row: &Row, text: Option<&str>, wrong: &str) -> String {
     )
 }
 
-/// A value in quotes, escaped and cut.
+/// A value in quotes, escaped, cut, and without secrets.
 fn shown(text: &str) -> String {
+    let text = secret::masked(text);
     let cut: String = text.chars().take(SHOWN_MAX).collect();
     if cut.len() < text.len() {
         format!("{:?}", cut + "…")

@@ -9,6 +9,7 @@ use std::time::Duration;
 use log::LevelFilter;
 
 use super::value::{self, HostPort};
+use super::written::Written;
 use crate::core::family::IpFamilies;
 use crate::spiffe::workload::WorkloadAddress;
 use crate::transport::client::Address;
@@ -22,6 +23,8 @@ pub struct Row {
     pub fallback: Option<&'static str>,
     /// The value when nothing is set; `None` when there is none.
     pub default: Option<&'static str>,
+    /// What a value looks like, in a word or an example.
+    pub form: &'static str,
     /// One line for `--help`.
     pub help: &'static str,
 }
@@ -64,6 +67,7 @@ macro_rules! settings {
                 variable: $variable,
                 fallback: settings!(@option $($fallback)?),
                 default: settings!(@option $($default)?),
+                form: <$type as Written>::FORM,
                 help: concat!($($help),+),
             },
         )+];
@@ -75,6 +79,14 @@ macro_rules! settings {
                 let $field = rows.next().and_then(|row| read(row, texts, $parser, report));
             )+
             Some(Settings { $($field: $field?,)+ })
+        }
+
+        impl Settings {
+            /// The values in force, as they could be written, in the order of
+            /// the table.
+            pub(super) fn written(&self) -> Vec<String> {
+                vec![$(self.$field.written(),)+]
+            }
         }
     };
     (@option $value:literal) => { Some($value) };

@@ -4,29 +4,13 @@
 use std::ffi::OsString;
 
 use crate::config::TABLE;
+use crate::config::secret::{self, MASK};
 
 /// What is shown besides `NSM_*` and the settings.
 const HARMLESS: [&str; 7] = ["HOME", "HOSTNAME", "LANG", "PATH", "PWD", "TZ", "USER"];
 
-/// Stands for a value that looks like a secret.
-const MASK: &str = "***";
-
 /// In the name of a variable that is no setting: it holds a secret.
 const SECRET_NAMES: [&str; 7] = ["AUTH", "CRED", "KEY", "PASS", "PRIVATE", "SECRET", "TOKEN"];
-
-/// The beginning of a token's header (RFC 7519): `{"` in base64.
-const JWT: &str = "eyJ";
-
-/// In a value, in lower case: there is a secret behind it.
-const SECRET_VALUES: [&str; 7] = [
-    "-----begin",
-    "bearer ",
-    "basic ",
-    "passwd=",
-    "password=",
-    "secret=",
-    "token=",
-];
 
 /// Most letters and digits in a row that no key is suspected behind.
 const LONGEST_WORD: usize = 31;
@@ -42,7 +26,7 @@ pub fn shown(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<S
                 return None;
             }
             let value = value.to_string_lossy();
-            let secret = has_secret(&value) || !is_setting && is_suspect(&name, &value);
+            let secret = secret::is_in(&value) || !is_setting && is_suspect(&name, &value);
             Some(format!("{name}={}", if secret { MASK } else { &value }))
         })
         .collect()
@@ -52,18 +36,6 @@ fn is_setting(name: &str) -> bool {
     TABLE
         .iter()
         .any(|row| row.variable == name || row.fallback == Some(name))
-}
-
-/// Whether a value says itself that it is secret: a private key, a token, or
-/// a URL with a user and password.
-fn has_secret(value: &str) -> bool {
-    let is_token = value.contains(JWT);
-    let value = value.to_lowercase();
-    let user = value
-        .split_once("://")
-        .and_then(|(_, rest)| rest.split(['/', '?', '#']).next())
-        .is_some_and(|authority| authority.contains('@'));
-    user || is_token || SECRET_VALUES.iter().any(|mark| value.contains(mark))
 }
 
 /// Whether a variable of unknown meaning may hold a secret: by its name, or by
