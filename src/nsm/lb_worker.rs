@@ -371,6 +371,16 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             Ok(()) => info!(id = self.template.id; "connection closed"),
             // Interrupted by the order to stop: it is made again then.
             Err(RpcError::Cancelled) if !self.stopping && stop.is_set() => return,
+            // Cut off by the end of the stop's time for it.
+            Err(error)
+                if self.stopping
+                    && matches!(
+                        error.code(),
+                        Some(Code::CANCELLED | Code::DEADLINE_EXCEEDED)
+                    ) =>
+            {
+                info!(id = self.template.id; "Close is not waited for any longer: {error}");
+            }
             Err(error) => warn!(id = self.template.id; "Close failed: {error}"),
         }
         self.session.closed(clock::now());
