@@ -16,6 +16,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, bounded};
 use meridio_lab::agent::Agent;
 use meridio_lab::pki::Pki;
+use meridio_lab::topology::{Topology, TopologyOptions};
 use meridio_proxy::daemon::shutdown::STAGES;
 use meridio_proxy::sync::clock;
 use meridio_proxy::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
@@ -230,6 +231,103 @@ fn without_peers_the_daemon_is_up_and_stops_within_its_budget() {
     assert_eq!(status.code(), Some(0), "{lines:?}");
     assert_eq!(stages(&lines).len(), STAGES.len(), "{lines:?}");
     assert!(took < Duration::from_secs(25), "{took:?}");
+}
+
+/// The seven of Meridio's init container, each with a value that is not wanted
+/// and the one that is.
+const SYSCTLS: [(&str, &str, &str); 7] = [
+    ("net.ipv4.conf.all.forwarding", "0", "1"),
+    ("net.ipv4.fib_multipath_hash_policy", "0", "1"),
+    ("net.ipv4.conf.all.rp_filter", "2", "0"),
+    ("net.ipv4.conf.default.rp_filter", "1", "0"),
+    ("net.ipv6.conf.all.forwarding", "0", "1"),
+    ("net.ipv6.fib_multipath_hash_policy", "0", "1"),
+    ("net.ipv6.conf.all.accept_dad", "1", "0"),
+];
+
+/// The warnings about sysctls of a daemon that finds them with these values.
+fn warned_of_sysctls(name: &str, value: impl Fn(&str, &str) -> String) -> Vec<String> {
+    let directory = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let socket = directory.join(format!("agent-{name}-{}.sock", std::process::id()));
+    let pki = Pki::new("example.org");
+    let agent = Agent::start(&socket, &pki, &pki.id("proxy"), Duration::from_secs(3600));
+    let set: Vec<String> = SYSCTLS
+        .iter()
+        .map(|(sysctl, wrong, right)| {
+            let path = sysctl.replace('.', "/");
+            format!("echo {} > /proc/sys/{path}", value(wrong, right))
+        })
+        .collect();
+    let mut proxy = Proxy::start_with(&agent.address(), &set.join(" && "));
+    let mut warnings = Vec::new();
+    loop {
+        let line = proxy.lines.recv_timeout(LIMIT).expect("Proxy started");
+        let message = line["message"].as_str().unwrap();
+        if message.contains("sysctl") {
+            assert_eq!(line["severity"], "warning");
+            warnings.push(message.to_owned());
+        }
+        if message == "Proxy started" {
+            break;
+        }
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.end().1.code(), Some(0));
+    warnings
+}
+
+#[test]
+fn all_sysctls_that_differ_are_in_one_warning_with_what_to_set() {
+    let warnings = warned_of_sysctls("wrong", |wrong, _| wrong.to_owned());
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let mut command = "sysctl -w".to_owned();
+    for (sysctl, wrong, right) in SYSCTLS {
+        let differs = format!("{sysctl} is {wrong}, needs {right}");
+        assert!(warnings[0].contains(&differs), "{sysctl}: {warnings:?}");
+        command.push_str(&format!(" {sysctl}={right}"));
+    }
+    assert!(warnings[0].ends_with(&command), "{warnings:?}");
+    let warnings = warned_of_sysctls("right", |_, right| right.to_owned());
+    assert!(warnings.is_empty(), "{warnings:?}");
+}
+
+/// Kubernetes kills what has not ended after 30 s. Everything hangs here that can:
+/// the peers took part, and are gone.
+#[test]
+fn with_every_peer_gone_the_stop_still_fits_into_its_budget() {
+    let mut lab = Topology::start(TopologyOptions {
+        lbs: 2,
+        targets: 1,
+        ..TopologyOptions::default()
+    })
+    .unwrap();
+    lab.nsmgr.stop();
+    lab.ipam.stop();
+    lab.nsp.stop();
+    lab.agent.stop();
+    let since = lab.daemon().unwrap().line_count();
+    let begun = clock::now();
+    let daemon = lab.stop_daemon(Duration::from_secs(29)).unwrap();
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(25), "{took:?}");
+    let status = daemon.wait_exit(Duration::ZERO).unwrap();
+    assert_eq!(status.code(), Some(0), "{}", daemon.tail(30));
+    let lines: Vec<Value> = daemon.lines()[since..]
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let last = lines.last().unwrap();
+    assert_eq!(last["message"], "Proxy shutting done", "{last}");
+    // A Close that the stop does not wait for is no trouble of its own.
+    let closes: Vec<&Value> = lines
+        .iter()
+        .filter(|line| line["message"].as_str().unwrap().contains("Close"))
+        .collect();
+    assert_eq!(closes.len(), 2, "{closes:?}");
+    assert!(
+        closes.iter().all(|line| line["severity"] == "info"),
+        "{closes:?}"
+    );
 }
 
 #[test]

@@ -8,37 +8,38 @@ use std::path::Path;
 
 use crate::core::family::{Family, IpFamilies};
 
-/// Below /proc/sys/net, the wanted value, and what goes wrong without it.
-const WANTED: [(Family, &str, &str); 6] = [
+/// Family, path below /proc/sys/net, wanted value.
+const WANTED: [(Family, &str, &str); 7] = [
     (Family::V4, "ipv4/conf/all/forwarding", "1"),
     (Family::V4, "ipv4/fib_multipath_hash_policy", "1"),
     (Family::V4, "ipv4/conf/all/rp_filter", "0"),
     (Family::V4, "ipv4/conf/default/rp_filter", "0"),
     (Family::V6, "ipv6/conf/all/forwarding", "1"),
     (Family::V6, "ipv6/fib_multipath_hash_policy", "1"),
+    (Family::V6, "ipv6/conf/all/accept_dad", "0"),
 ];
 
-/// The sysctls of `families` that differ from what the data plane needs, as
-/// one text; `None` when all is well.
+/// The sysctls of `families` that differ from what the data plane needs, and
+/// the command that sets them, as one text; `None` when all is well.
 #[must_use]
 pub fn missing(families: IpFamilies) -> Option<String> {
     missing_below(Path::new("/proc/sys/net"), families)
 }
 
 fn missing_below(root: &Path, families: IpFamilies) -> Option<String> {
-    let lines: Vec<String> = WANTED
-        .iter()
-        .filter(|(family, _, _)| families.has(*family))
-        .filter_map(|(_, path, wanted)| {
-            let name = format!("net.{}", path.replace('/', "."));
-            match fs::read_to_string(root.join(path)) {
-                Ok(found) if found.trim() == *wanted => None,
-                Ok(found) => Some(format!("{name} is {}, needs {wanted}", found.trim())),
-                Err(error) => Some(format!("{name} cannot be read: {error}")),
-            }
-        })
-        .collect();
-    (!lines.is_empty()).then(|| lines.join("; "))
+    let (mut found, mut command) = (Vec::new(), "sysctl -w".to_owned());
+    for (_, path, wanted) in WANTED.iter().filter(|(family, _, _)| families.has(*family)) {
+        let name = format!("net.{}", path.replace('/', "."));
+        match fs::read_to_string(root.join(path)) {
+            Ok(value) if value.trim() == *wanted => continue,
+            Ok(value) => found.push(format!("{name} is {}, needs {wanted}", value.trim())),
+            Err(error) => found.push(format!("{name} cannot be read: {error}")),
+        }
+        command.push_str(&format!(" {name}={wanted}"));
+    }
+    let found = found.join("; ");
+    (!found.is_empty())
+        .then(|| format!("{found}. Set them in the pod's network namespace: {command}"))
 }
 
 #[cfg(test)]
@@ -58,7 +59,13 @@ mod tests {
         fs::remove_file(root.join("ipv6/conf/all/forwarding")).unwrap();
         let text = missing_below(&root, IpFamilies::Dual).unwrap();
         assert!(
-            text.contains("net.ipv4.conf.all.rp_filter is 2, needs 0; "),
+            text.starts_with("net.ipv4.conf.all.rp_filter is 2, needs 0; "),
+            "{text}"
+        );
+        assert!(
+            text.ends_with(
+                ": sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv6.conf.all.forwarding=1"
+            ),
             "{text}"
         );
         assert!(
