@@ -210,6 +210,23 @@ fn a_stale_socket_is_replaced_and_a_file_is_not() {
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
 }
 
+/// The two may overlap when a container is replaced in its pod.
+#[test]
+fn a_successor_keeps_its_socket_when_the_predecessor_ends() {
+    let directory = Directory::new("successor");
+    let path = directory.0.join("health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let first = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let second = HealthServer::start(&rpc, &path, &cell).unwrap();
+    first.stop();
+    assert!(path.exists());
+    let answer = check(&channel(&rpc, &path), "");
+    assert_eq!(answer.unwrap(), ServingStatus::SERVING);
+    second.stop();
+    let left: Vec<_> = std::fs::read_dir(&directory.0).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn the_probe_of_the_deployment_is_answered() {
     let directory = Directory::new("probe");

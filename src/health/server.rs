@@ -7,7 +7,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::Poll;
@@ -76,6 +76,9 @@ pub fn service(cell: &HealthCell) -> Service {
 pub struct HealthServer {
     server: Server,
     path: PathBuf,
+    /// Device and inode of the socket: what else is at `path` later belongs to
+    /// a successor.
+    socket: (u64, u64),
 }
 
 impl HealthServer {
@@ -86,10 +89,15 @@ impl HealthServer {
     ///
     /// When the socket cannot be made, or something else is at `path`.
     pub fn start(rpc: &Rpc, path: &Path, cell: &HealthCell) -> Result<Self, HealthServerError> {
-        clear(path)
-            .map_err(|error| HealthServerError::new(format!("{}", path.display()), error))?;
-        let address = path.to_str().ok_or_else(|| {
-            HealthServerError::new(format!("{}", path.display()), "the path is not UTF-8")
+        let at_path = |error| HealthServerError::new(path.display().to_string(), error);
+        clear(path).map_err(at_path)?;
+        // gRPC unlinks the path that it listens on when its server ends, be
+        // its socket still there or a successor's. So it is told another one,
+        // and the socket is moved: that also takes the place of a
+        // predecessor's in one step, with no moment without any.
+        let made = path.with_extension("sock.new");
+        let address = made.to_str().ok_or_else(|| {
+            HealthServerError::new(path.display().to_string(), "the path is not UTF-8")
         })?;
         let mut server = rpc
             .server()
@@ -100,27 +108,39 @@ impl HealthServer {
             .add_listening_port(format!("unix:{address}"), ServerCredentials::insecure())
             .map_err(|error| HealthServerError::new(format!("listening on {address}"), error))?;
         server.start();
+        let socket = fs::rename(&made, path)
+            .and_then(|()| identity(path))
+            .map_err(at_path)?;
         Ok(Self {
             server,
             path: path.to_owned(),
+            socket,
         })
     }
 
-    /// Ends the server and its calls, and removes the socket.
+    /// Ends the server and its calls, and removes the socket, unless another
+    /// one has taken its place.
     pub fn stop(self) {
         // A watch ends with the server only: there is nothing to wait for.
         shut_down(self.server, clock::now());
-        let _ = fs::remove_file(&self.path);
+        if identity(&self.path).is_ok_and(|found| found == self.socket) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
-/// Makes the directory and removes a stale socket, but nothing else.
+/// Device and inode of what is at `path`.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+/// Makes the directory; nothing but a socket may be at `path`.
 fn clear(path: &Path) -> io::Result<()> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
     match fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() => fs::remove_file(path),
+        Ok(found) if found.file_type().is_socket() => Ok(()),
         Ok(_) => Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
             "exists and is no socket",
