@@ -8,6 +8,7 @@
 
 mod output;
 mod panic;
+pub mod repeats;
 mod time;
 
 use std::io::{self, Write};

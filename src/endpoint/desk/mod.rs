@@ -25,6 +25,7 @@ use crate::core::ids::{LeaseId, PortKey, SegmentId};
 use crate::core::targets::{Claim, Targets, Up};
 use crate::ipam::{Answer, IpamHandle};
 use crate::kernel::NetHandle;
+use crate::logging::repeats::Repeats;
 use crate::proto::connection::{Connection, Mechanism};
 use crate::proto::health::HealthCheckResponse;
 use crate::proto::networkservice::NetworkServiceRequest;
@@ -100,6 +101,8 @@ pub struct Desk {
     busy_until: Option<Instant>,
     monitors: Monitors,
     health: Vec<Publisher<HealthCheckResponse>>,
+    /// Lines about refusals: a target asks again and again.
+    refusals: Repeats,
 }
 
 /// An operation of one connection.
@@ -139,6 +142,7 @@ impl Desk {
             busy_until: None,
             monitors: Monitors::default(),
             health: Vec::new(),
+            refusals: Repeats::default(),
         }
     }
 
@@ -200,7 +204,7 @@ impl Desk {
                 let id = path::own_id(connection);
                 self.arrive(&id, Task::Request(request, place, call, reply), now);
             }
-            Err(error) => refuse(reply, "Request", &call, error),
+            Err(error) => self.refuse(now, reply, "Request", &call, error),
         }
     }
 
@@ -217,7 +221,7 @@ impl Desk {
                 let id = path::own_id(&connection);
                 self.arrive(&id, Task::Close(place, call, reply), now);
             }
-            Err(error) => refuse(reply, "Close", &call, error),
+            Err(error) => self.refuse(now, reply, "Close", &call, error),
         }
     }
 
@@ -258,7 +262,7 @@ impl Desk {
                         self.ask_ipam(id);
                         return Progress::Waits;
                     }
-                    Err(error) => refuse(reply, "Request", &call, error),
+                    Err(error) => self.refuse(now, reply, "Request", &call, error),
                 }
             }
             Task::Close(place, call, reply) => match self.authorize_close(id, place, &call, now) {
@@ -266,7 +270,7 @@ impl Desk {
                     self.close(id, "closed by its peer");
                     reply.answer(Ok(()));
                 }
-                Err(error) => refuse(reply, "Close", &call, error),
+                Err(error) => self.refuse(now, reply, "Close", &call, error),
             },
             Task::Expire => {
                 if self.targets.is_expiring(id) {
@@ -293,6 +297,15 @@ impl Desk {
         let segments = connection.path.path_segments.len();
         let own = segments.saturating_sub(1);
         admit(&mut connection, Place { own, ..place }, call, now)
+    }
+
+    fn refuse<T>(&mut self, now: Now, reply: Reply<T>, what: &str, call: &Call, error: RpcError) {
+        let error = shortened(error);
+        let line = format!("{what} of a target refused: {error}");
+        if let Some(more) = self.refusals.admit(&line, now.mono) {
+            warn!(peer = call.session.peer(); "{line}{more}");
+        }
+        reply.answer(Err(error));
     }
 
     fn close(&mut self, id: &SegmentId, why: &str) {
@@ -337,12 +350,6 @@ fn check_size(connection: &Connection) -> Result<(), RpcError> {
         return Err(RpcError::status(Code::INVALID_ARGUMENT, text));
     }
     Ok(())
-}
-
-fn refuse<T>(reply: Reply<T>, what: &str, call: &Call, error: RpcError) {
-    let error = shortened(error);
-    warn!(peer = call.session.peer(); "{what} of a target refused: {error}");
-    reply.answer(Err(error));
 }
 
 /// Errors quote what the peer sent, which may be megabytes; an answer's text

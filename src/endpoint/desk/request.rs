@@ -12,7 +12,7 @@ use super::super::mechanism::{self, Chosen, Link};
 use super::super::path::{self, Place};
 use super::super::random::interface_name;
 use super::super::{convert, descriptor, error};
-use super::{Asked, Desk, Wanted, admit, refuse};
+use super::{Asked, Desk, Wanted, admit};
 use crate::core::event::Event;
 use crate::core::ids::{IfName, PortKey, SegmentId};
 use crate::core::ip_context;
@@ -136,19 +136,19 @@ impl Desk {
                 self.busy_until.get_or_insert(now.mono + BUSY_PAUSE);
                 return;
             }
-            Err(error) => self.failed(id, asked, error::from_ipam(&error)),
+            Err(error) => self.failed(id, asked, error::from_ipam(&error), now),
         }
         self.finish(id, now);
     }
 
-    fn failed(&mut self, id: &SegmentId, asked: Asked, error: RpcError) {
+    fn failed(&mut self, id: &SegmentId, asked: Asked, error: RpcError, now: Now) {
         let lease = &asked.wanted.claim.lease;
         if let Some(lease) = self.targets.give_up(id) {
             self.parts.leases.release_later(lease);
         } else if !self.targets.is_held(lease) {
             self.parts.leases.abandon(lease.clone());
         }
-        refuse(asked.reply, "Request", &asked.call, error);
+        self.refuse(now, asked.reply, "Request", &asked.call, error);
     }
 
     fn complete(&mut self, id: &SegmentId, mut asked: Asked, addresses: &Addresses, now: Now) {
@@ -156,11 +156,11 @@ impl Desk {
             // Not established: the caller knows nothing of it and will ask
             // again, maybe by another path.
             let error = RpcError::status(Code::DEADLINE_EXCEEDED, "IPAM answered too late");
-            return self.failed(id, asked, error);
+            return self.failed(id, asked, error, now);
         }
         let netns = match self.fill_in(&mut asked.wanted, addresses) {
             Ok(netns) => netns,
-            Err(error) => return self.failed(id, asked, error),
+            Err(error) => return self.failed(id, asked, error, now),
         };
         self.establish(id, &asked.wanted, asked.place, addresses, now);
         let mut connection = asked.wanted.connection;

@@ -25,6 +25,24 @@ fn ipam_failing_refuses_a_first_request_and_leaves_an_old_connection() {
     );
 }
 
+/// A target without addresses asks again for as long as it lives.
+#[test]
+fn the_same_refusal_is_one_line_and_then_counted() {
+    let mut bench = Bench::new();
+    for _ in 0..3 {
+        let mut awaited = bench.send(Bench::request_of("t1", "f1", None));
+        let error = RpcError::status(Code::NOT_FOUND, "no conduit");
+        bench.ipam_answers(Err(IpamError::Rpc(error)));
+        assert_eq!(code(&mut awaited), Code::NOT_FOUND);
+    }
+    let line = "Request of a target refused: NOT_FOUND: no conduit";
+    let later = bench.now.mono + Duration::from_secs(60);
+    assert_eq!(
+        bench.desk.refusals.admit(line, later),
+        Some(" (2 more since the last such line)".to_owned())
+    );
+}
+
 #[test]
 fn a_full_queue_of_ipam_is_waited_for() {
     let mut bench = Bench::new();
