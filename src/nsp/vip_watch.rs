@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use crossbeam_channel::{at, never, select};
-use log::{info, warn};
+use log::{debug, info, warn};
 use protobuf::MessageField;
 
 use crate::core::event::Event;
 use crate::core::vips::{HOLD, VipAction, VipBook};
 use crate::kernel::NetHandle;
+use crate::logging::repeats::Repeats;
 use crate::proto::nsp::{Trench, Vip, VipResponse};
 use crate::rpc::call::Options;
 use crate::rpc::method;
@@ -33,6 +34,9 @@ pub(super) struct VipWatch {
     had_list: bool,
     /// A warning said that the VIPs cannot be followed.
     is_failing: bool,
+    /// Lines about streams that ended: an NSP may tell a list and end, again
+    /// and again.
+    ends: Repeats,
 }
 
 impl VipWatch {
@@ -44,6 +48,7 @@ impl VipWatch {
             book: VipBook::new(),
             had_list: false,
             is_failing: false,
+            ends: Repeats::default(),
         }
     }
 
@@ -59,7 +64,11 @@ impl VipWatch {
             if self.had_list {
                 // Streams end with a restart of NSP or a change of the own
                 // certificate; that alone is no trouble.
-                info!("NSP's stream of VIPs ended, the next one is opened: {why}");
+                let line = format!("NSP's stream of VIPs ended, the next one is opened: {why}");
+                match self.ends.admit("", clock::now()) {
+                    Some(more) => info!("{line}{more}"),
+                    None => debug!("{line}"),
+                }
             } else if !std::mem::replace(&mut self.is_failing, true) {
                 warn!("NSP does not tell the VIPs: {why}; the last ones stay, it is tried again");
             }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crossbeam_channel::select;
 use grpcio::Channel;
-use log::{error, info, warn};
+use log::{debug, error, info, warn};
 
 use super::error::IdentityError;
 use super::svid::{Bundles, SpiffeId, Svid, TrustDomain};
@@ -71,19 +71,28 @@ impl WorkloadAddress {
 }
 
 fn run(channel: &Channel, address: &WorkloadAddress, cell: &SvidCell, stop: &Stop) {
-    let mut failures = 0;
+    let mut failures: u32 = 0;
     loop {
-        let ended = match watch(channel, cell, &mut failures, stop) {
+        let mut was_told = false;
+        let ended = match watch(channel, cell, &mut was_told, stop) {
             Ok(()) => return,
             Err(ended) => ended,
         };
-        failures += 1;
+        failures = if was_told {
+            1
+        } else {
+            failures.saturating_add(1)
+        };
         let pause = pause(&ended, failures);
         let target = address.target();
         if is_refused_for_good(&ended) {
             // go-spiffe gives up here; a daemon without renewal would go on
             // until its certificate expires, and then fail everywhere.
             error!("Workload API at {target}: {ended}; next attempt in {pause:?}");
+        } else if was_told {
+            // An agent ends its streams now and then, and when it restarts; the
+            // next attempt tells whether anything is wrong.
+            debug!("Workload API at {target}: {ended}; next attempt in {pause:?}");
         } else {
             warn!("Workload API at {target}: {ended}; next attempt in {pause:?}");
         }
@@ -107,11 +116,12 @@ fn pause(ended: &StreamError, failures: u32) -> Duration {
     PAUSE_STEP.saturating_mul(failures).min(PAUSE_MAX)
 }
 
-/// Follows one stream to its end; `Ok` when the thread shall stop.
+/// Follows one stream to its end; `Ok` when the thread shall stop. `was_told` is
+/// set when a message came.
 fn watch(
     channel: &Channel,
     cell: &SvidCell,
-    failures: &mut u32,
+    was_told: &mut bool,
     stop: &Stop,
 ) -> Result<(), StreamError> {
     let options = Options {
@@ -128,7 +138,7 @@ fn watch(
         };
         match item {
             Ok(Item::Message(response)) => {
-                *failures = 0;
+                *was_told = true;
                 take(&response, cell);
             }
             Ok(Item::Ended(Err(error))) => return Err(error),
