@@ -220,9 +220,13 @@ impl Topology {
         let service = self.infra.address();
         let options = &self.options;
         let nsp_name = format!("nsp-service-{}.{}", options.trench, options.namespace);
+        let (binary, args) = match &options.program {
+            Some(program) => program.clone(),
+            None => (process::binary().map_err(text)?, Vec::new()),
+        };
         let started = Daemon::start(&DaemonOptions {
-            binary: process::binary().map_err(text)?,
-            args: Vec::new(),
+            binary,
+            args,
             env: self.environment(),
             netns: self.pod.clone(),
             hosts: vec![(service, nsp_name), (service, "ipam-service".to_owned())],

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use meridio_proxy::core::family::IpFamilies;
@@ -25,6 +26,8 @@ pub struct TopologyOptions {
     pub svid_lifetime: Duration,
     /// Settings of the daemon beside, or instead of, the usual ones.
     pub env: BTreeMap<String, String>,
+    /// What to run in place of the daemon's binary, with its arguments.
+    pub program: Option<(PathBuf, Vec<String>)>,
 }
 
 impl Default for TopologyOptions {
@@ -44,6 +47,7 @@ impl Default for TopologyOptions {
             token_lifetime: Duration::from_secs(600),
             svid_lifetime: Duration::from_secs(3600),
             env: BTreeMap::new(),
+            program: None,
         }
     }
 }
