@@ -67,7 +67,11 @@ fn refuse(errors: &ConfigErrors) -> ExitCode {
 }
 
 fn probe(args: impl Iterator<Item = OsString>) -> ExitCode {
-    match Probe::parse(args).and_then(|probe| probe.run()) {
+    let probe = Probe::parse(args);
+    if probe.as_ref().is_ok_and(Probe::is_for_version) {
+        return print(cli::VERSION);
+    }
+    match probe.and_then(|probe| probe.run()) {
         // The original tool logs this, to standard error.
         Ok(()) => complain("status: SERVING", 0),
         Err(error) => complain(&error.to_string(), error.exit_status()),

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use grpcio::Channel;
+use grpcio::{Channel, ServerCredentials, ServiceBuilder};
 use meridio_proxy::health::client::Probe;
 use meridio_proxy::health::server::HealthServer;
 use meridio_proxy::health::{HealthCell, SubService};
@@ -248,4 +248,139 @@ fn the_probe_of_the_deployment_is_answered() {
     assert_eq!(probe("Readiness"), Err(4));
     assert_eq!(probe("Startup"), Err(3));
     server.stop();
+}
+
+/// The binary under the probe's name; its exit status and what it says.
+struct Tool(PathBuf);
+
+impl Tool {
+    fn new(directory: &Directory) -> Self {
+        let path = directory.0.join("grpc_health_probe");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_proxy"), &path).unwrap();
+        Self(path)
+    }
+
+    fn run(&self, args: &[&str]) -> (Option<i32>, String) {
+        let output = std::process::Command::new(&self.0)
+            .args(args)
+            .env_clear()
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).unwrap())
+    }
+}
+
+/// Exit statuses and first words of grpc-health-probe v0.4.61.
+#[test]
+fn the_probe_ends_as_the_original_tool_does() {
+    let directory = Directory::new("tool");
+    let tool = Tool::new(&directory);
+    let path = directory.0.join("health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = silent.local_addr().unwrap().to_string();
+    let unix = format!("unix://{}", path.display());
+    let long = "-connect-timeout=5s";
+    for (args, status, says) in [
+        (&["-addr", &unix, long][..], 0, "status: SERVING\n"),
+        (
+            &["-addr", &unix, long, "-gzip", "-rpc-header=a: b"],
+            0,
+            "status: SERVING\n",
+        ),
+        (
+            &["-addr", &unix, long, "-service=Readiness"],
+            4,
+            "service unhealthy (responded with \"NOT_SERVING\")\n",
+        ),
+        (
+            &["-addr", &unix, long, "-service=Startup"],
+            3,
+            "error: health rpc failed: ",
+        ),
+        (
+            &["-addr", &silent, "-connect-timeout=100ms"],
+            2,
+            "timeout: failed to connect service ",
+        ),
+        (
+            &["-addr=127.0.0.1:1", "-connect-timeout=100ms"],
+            2,
+            "timeout: failed to connect service \"127.0.0.1:1\" within 100ms\n",
+        ),
+        (&["-addr", &unix, "-tls"], 1, "error: -tls is not supported"),
+        (
+            &["-addr", &unix, "-rpc-timeout=x"],
+            1,
+            "error: invalid value",
+        ),
+        (&["-h"], 1, "Usage:\n"),
+        (&[], 1, "error: -addr not specified\n"),
+        (&["-version"], 0, meridio_proxy::cli::VERSION),
+    ] {
+        let (ended, said) = tool.run(args);
+        assert_eq!(ended, Some(status), "{args:?}: {said}");
+        assert!(said.starts_with(says), "{args:?}: {said}");
+    }
+    let (_, said) = tool.run(&["-v", "-addr", &unix, long]);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 4, "{said}");
+    server.stop();
+}
+
+/// Over TCP, a server that hears the headers and the user agent, and one that
+/// never answers.
+#[test]
+fn the_probe_speaks_tcp_and_sends_what_it_is_told_to() {
+    let directory = Directory::new("tcp");
+    let tool = Tool::new(&directory);
+    let rpc = Rpc::new();
+    let (heard, hears) = crossbeam_channel::bounded(1);
+    let held = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let service = ServiceBuilder::new()
+        .add_unary_handler(&HEALTH_CHECK, move |context, request, sink| {
+            let texts = context
+                .request_headers()
+                .iter()
+                .filter_map(|(name, value)| {
+                    Some(format!("{name}: {}", std::str::from_utf8(value).ok()?))
+                });
+            let _ = heard.try_send(texts.collect::<Vec<_>>());
+            if request.service == "silent" {
+                held.lock().push(sink);
+                return;
+            }
+            let answered = sink.success(HealthCheckResponse {
+                status: ServingStatus::SERVING.into(),
+                ..Default::default()
+            });
+            context.spawn(async move {
+                let _ = answered.await;
+            });
+        })
+        .build();
+    let mut server = rpc.server().register_service(service).build().unwrap();
+    let port = server
+        .add_listening_port("127.0.0.1:0", ServerCredentials::insecure())
+        .unwrap();
+    server.start();
+    let address = format!("127.0.0.1:{port}");
+    let args = [
+        "-addr",
+        &address,
+        "-user-agent=me",
+        "-rpc-header",
+        "X-Team: red",
+    ];
+    assert_eq!(tool.run(&args).0, Some(0));
+    let texts = hears.recv_timeout(LIMIT).unwrap();
+    assert!(texts.contains(&"x-team: red".to_owned()), "{texts:?}");
+    let agent = texts.iter().find(|text| text.starts_with("user-agent: me"));
+    assert!(agent.is_some(), "{texts:?}");
+    let args = ["-addr", &address, "-service=silent", "-rpc-timeout=100ms"];
+    let (status, said) = tool.run(&args);
+    assert_eq!(status, Some(3), "{said}");
+    assert!(said.contains("timeout: health rpc did not complete within 100ms"));
 }
