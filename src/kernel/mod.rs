@@ -10,6 +10,7 @@ pub mod netlink;
 #[cfg(test)]
 mod properties;
 pub mod report;
+mod said;
 pub mod sysctl;
 mod worker;
 #[cfg(test)]
