@@ -45,7 +45,10 @@ fn lines(op: &KernelOp, before: &Observed) -> Vec<Line> {
         }
     };
     match op {
-        KernelOp::AddAddress { address, .. } => vec![Line::BridgeIp(address.to_string())],
+        // Of IPAM's; the link-local one is our own.
+        KernelOp::AddAddress { address, .. } if !is_link_local(address.ip()) => {
+            vec![Line::BridgeIp(address.to_string())]
+        }
         KernelOp::Attach { port, .. } => vec![Line::Created(port.to_string())],
         KernelOp::Detach { port } => vec![Line::Deleted(port.to_string())],
         KernelOp::ReplaceRoute {
@@ -63,6 +66,10 @@ fn lines(op: &KernelOp, before: &Observed) -> Vec<Line> {
             .collect(),
         _ => Vec::new(),
     }
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
 
 #[cfg(test)]
@@ -113,5 +120,8 @@ mod tests {
         let add = KernelOp::AddAddress { bridge, address };
         let said = Line::BridgeIp("172.16.0.1/24".to_owned());
         assert_eq!(lines(&add, &state), [said]);
+        let address = "fe80::1/64".parse().unwrap();
+        let add = KernelOp::AddAddress { bridge, address };
+        assert_eq!(lines(&add, &state), []);
     }
 }
