@@ -1,7 +1,7 @@
 //! The calls to IPAM: started here, never waited for.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::IpamOptions;
 use super::convert;
@@ -9,6 +9,7 @@ use crate::core::lease::{Failure, IpamCall, Verb};
 use crate::rpc::call::{self, CancelGuard, Options};
 use crate::rpc::method;
 use crate::rpc::status::{Code, RpcError};
+use crate::sync::stop::Stop;
 use crate::transport::client::{Connection, Connector};
 use crate::transport::error::ConnectError;
 
@@ -64,6 +65,12 @@ impl Client {
             }
             ConnectError::Stopped => RpcError::Cancelled,
         })
+    }
+
+    /// Waits until there is a connection, or until `deadline`.
+    pub(super) fn wait(&self, deadline: Instant, stop: &Stop) {
+        // Why there is none is told by the first call.
+        let _ = self.connector.acquire(deadline, stop);
     }
 
     /// Starts `call`; `done` runs once on gRPC's poll thread, or right here

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never, select};
 use log::{info, warn};
@@ -27,6 +27,9 @@ use crate::transport::client::Connector;
 const CALLS_MAX: usize = 32;
 /// Acquires that may wait for IPAM; above it they are answered `Busy`.
 const WAITING_MAX: usize = 2048;
+
+/// How long the first connection is waited for before calls are made, and fail.
+const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Commands taken in one turn, beside the first.
 const BURST_MAX: usize = 256;
@@ -125,6 +128,9 @@ impl Worker {
     pub(super) fn run(mut self, stop: &Stop) {
         let done = self.done.1.clone();
         let commands = self.commands.clone();
+        // Calls that are made before there is any connection only fail, which
+        // would be logged as if IPAM were away, and are late by a retry.
+        self.client.wait(clock::now() + FIRST_PATIENCE, stop);
         loop {
             let timer = self.next_deadline().map_or_else(never, at);
             select! {
