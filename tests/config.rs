@@ -354,15 +354,18 @@ fn unknown_variables_are_warned_about() {
     let config = load(&[
         ("NSM_CONECT_TO", "x"),
         ("NSM_SOMETHING_ELSE", "x"),
+        ("NSM_SPIFFE_ENDPOINT_SOKET", "x"),
         ("NSX_MTU", "x"),
         (long.as_str(), "x"),
     ])
     .unwrap();
     let warnings = config.warnings();
-    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    assert_eq!(warnings.len(), 4, "{warnings:?}");
     assert!(
         warnings.contains(&"NSM_CONECT_TO is no setting; did you mean NSM_CONNECT_TO?".to_owned())
     );
+    let misnamed = "NSM_SPIFFE_ENDPOINT_SOKET is no setting; did you mean SPIFFE_ENDPOINT_SOCKET?";
+    assert!(warnings.contains(&misnamed.to_owned()), "{warnings:?}");
     assert!(warnings.contains(&"NSM_SOMETHING_ELSE is no setting".to_owned()));
 }
 

@@ -306,15 +306,25 @@ fn unknown_variables(environment: &BTreeMap<OsString, OsString>) -> Vec<String> 
         .collect()
 }
 
-/// The setting whose name is at most three edits away.
+/// The setting whose name is at most three edits away, or has no `NSM_`.
 fn nearest(name: &str) -> Option<&'static str> {
     // Longer names are no typing errors, and would make the search slow.
     if name.len() > 64 {
         return None;
     }
+    // A known name with a prefix too many is no edit away.
+    let bare = name.strip_prefix("NSM_").unwrap_or(name);
+    let edits = |row: &Row| {
+        let given = if row.variable.starts_with("NSM_") {
+            name
+        } else {
+            bare
+        };
+        distance(given.as_bytes(), row.variable.as_bytes())
+    };
     TABLE
         .iter()
-        .map(|row| (distance(name.as_bytes(), row.variable.as_bytes()), row))
+        .map(|row| (edits(row), row))
         .min_by_key(|(distance, _)| *distance)
         .filter(|(distance, _)| *distance <= 3)
         .map(|(_, row)| row.variable)
