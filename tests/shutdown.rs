@@ -5,6 +5,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     reason = "helpers of tests end by panicking too"
 )]
 
@@ -344,6 +345,26 @@ fn with_every_peer_gone_the_stop_still_fits_into_its_budget() {
         closes.iter().all(|line| line["severity"] == "info"),
         "{closes:?}"
     );
+}
+
+#[test]
+fn a_second_signal_does_not_wait_for_peers_that_are_gone() {
+    let lab = Topology::start(TopologyOptions {
+        lbs: 1,
+        targets: 0,
+        ..TopologyOptions::default()
+    })
+    .unwrap();
+    lab.nsmgr.stop();
+    let daemon = lab.daemon().unwrap();
+    daemon.signal(libc::SIGTERM).unwrap();
+    let begun = |line: &str| line.contains("Stage of the stop done");
+    assert!(daemon.wait_line(0, begun, LIMIT).is_some());
+    assert!(daemon.is_running(), "{}", daemon.tail(10));
+    daemon.signal(libc::SIGINT).unwrap();
+    let status = daemon.wait_exit(Duration::from_secs(1));
+    let status = status.unwrap_or_else(|| panic!("it stays: {}", daemon.tail(10)));
+    assert_eq!(status.code(), Some(1));
 }
 
 #[test]
