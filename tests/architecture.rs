@@ -25,9 +25,10 @@ const GRPC: [&str; 9] = [
 ];
 
 /// The files of the daemon that may hold `unsafe`.
-const UNSAFE: [&str; 8] = [
+const UNSAFE: [&str; 9] = [
     "src/kernel/capability.rs",
     "src/kernel/netlink/socket.rs",
+    "src/kernel/packet.rs",
     "src/logging/time.rs",
     "src/sync/poll.rs",
     "src/transport/accept.rs",
