@@ -12,10 +12,12 @@
 //! again, as a refresh, which leaves the interface alone; reselect follows if
 //! that fails.
 
+mod ending;
 mod messages;
 mod refresh;
 #[cfg(test)]
 mod tests;
+mod up;
 #[cfg(test)]
 mod walk;
 
@@ -26,7 +28,8 @@ use super::event::Event;
 use super::ids::{EndpointName, PortKey};
 use super::retry::{Backoff, Jitter};
 pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction, Stopping};
-use refresh::{LEAST, refresh_after, shortest};
+use refresh::{refresh_after, shortest};
+use up::{Monitor, Trouble, Up};
 
 /// Pause before a first Request is made again.
 pub const REQUEST_PAUSE: Duration = Duration::from_secs(10);
@@ -44,32 +47,6 @@ const DRAIN: Duration = Duration::from_millis(200);
 /// there is none.
 const LOOKS: u32 = 3;
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
-
-#[derive(Debug)]
-enum Monitor {
-    Open,
-    Closed { reopen_at: Instant },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Trouble {
-    Down,
-    Lost,
-}
-
-#[derive(Debug)]
-struct Up<C> {
-    connection: C,
-    refresh_at: Instant,
-    /// When the shortest life on the path ends, if it is known.
-    dead_at: Option<Instant>,
-    monitor: Monitor,
-    /// The latest unanswered report of the monitor.
-    trouble: Option<Trouble>,
-    /// nsmgr has forgotten the connection; the next refresh decides.
-    lost: bool,
-    requested_at: Instant,
-}
 
 #[derive(Debug)]
 enum State<C> {
@@ -368,100 +345,5 @@ impl<C: Clone> LbSession<C> {
                 up.refresh_at = up.refresh_at.min(up.soonest(now));
             }
         }
-    }
-
-    /// The outcome of [`SessionAction::Close`], which is not told: a Close
-    /// that failed has no second effect, and one that succeeded proves
-    /// nothing.
-    pub fn closed(&mut self, now: Instant) {
-        self.state = match self.state {
-            State::Discarding { .. } => State::Opening {
-                at: now + self.jitter.spread(REQUEST_PAUSE),
-                plan: Plan::First,
-            },
-            _ => State::Ended,
-        };
-    }
-
-    /// Ends the session: what is connected, or may be, is closed. May be said
-    /// again, to end at once after all.
-    pub fn stop(&mut self, how: Stopping, now: Instant) {
-        match (how, &self.state) {
-            (Stopping::Drained, State::Up(up)) if !up.is_down(now) => {
-                self.reports.push_back(Event::PeerDown {
-                    key: self.key.clone(),
-                });
-                self.state = State::Draining {
-                    connection: up.connection.clone(),
-                    until: now + DRAIN,
-                };
-            }
-            (Stopping::Drained, State::Draining { .. }) => {}
-            _ => self.end(),
-        }
-    }
-
-    /// Takes back what `net` was told, and ends.
-    fn end(&mut self) {
-        self.release();
-        let unclear = self.unclear;
-        self.state = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Up(Up { connection, .. })
-            | State::Healing { connection, .. }
-            | State::Discarding { connection }
-            | State::Draining { connection, .. }
-            | State::Ending { connection }
-            | State::Opening {
-                plan:
-                    Plan::Refresh(connection) | Plan::Adopt(connection) | Plan::Reselect(connection),
-                ..
-            } => State::Ending { connection },
-            State::Looking { .. }
-            | State::Opening {
-                plan: Plan::First, ..
-            } if unclear => State::EndingUnclear,
-            State::EndingUnclear => State::EndingUnclear,
-            State::Looking { .. }
-            | State::Opening {
-                plan: Plan::First, ..
-            }
-            | State::Ended => State::Ended,
-        };
-    }
-
-    /// Takes back what `net` was told.
-    fn release(&mut self) {
-        if std::mem::take(&mut self.told) {
-            self.reports.push_back(Event::PortReleased {
-                key: self.key.clone(),
-            });
-        }
-    }
-}
-
-impl<C: Clone> Up<C> {
-    fn next(&self, now: Instant) -> SessionAction<C> {
-        if self.refresh_at <= now {
-            return SessionAction::Request(Plan::Refresh(self.connection.clone()));
-        }
-        match self.monitor {
-            Monitor::Closed { reopen_at } if reopen_at <= now => SessionAction::Watch,
-            Monitor::Closed { reopen_at } => SessionAction::Wait(self.refresh_at.min(reopen_at)),
-            Monitor::Open => SessionAction::Wait(self.refresh_at),
-        }
-    }
-
-    /// Whether nothing goes over it any more, as far as is known.
-    fn is_down(&self, now: Instant) -> bool {
-        self.trouble == Some(Trouble::Down) || self.is_dead(now)
-    }
-
-    fn is_dead(&self, now: Instant) -> bool {
-        self.dead_at.is_some_and(|at| at <= now)
-    }
-
-    /// When the next Request may be made at the earliest.
-    fn soonest(&self, now: Instant) -> Instant {
-        now.max(self.requested_at + LEAST)
     }
 }
