@@ -13,7 +13,11 @@ pub(super) enum Monitor {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trouble {
+    /// A part of it failed; nsmgr still holds it.
     Down,
+    /// nsmgr has ended it.
+    Gone,
+    /// nsmgr does not know it.
     Lost,
 }
 
@@ -45,7 +49,7 @@ impl<C: Clone> Up<C> {
 
     /// Whether nothing goes over it any more, as far as is known.
     pub(super) fn is_down(&self, now: Instant) -> bool {
-        self.trouble == Some(Trouble::Down) || self.is_dead(now)
+        matches!(self.trouble, Some(Trouble::Down | Trouble::Gone)) || self.is_dead(now)
     }
 
     pub(super) fn is_dead(&self, now: Instant) -> bool {
