@@ -46,6 +46,53 @@ fn wait(daemon: &Daemon, since: usize, text: &str) {
     assert!(line.is_some(), "{text}: {}", daemon.tail(30));
 }
 
+/// What operators search the log for, word for word as Meridio's proxy writes it.
+#[test]
+fn the_words_of_meridio_are_there() {
+    let mut lab = lab(2, 1);
+    let vip = std::net::IpAddr::from([20, 0, 0, 9]);
+    lab.add_vip(vip).unwrap();
+    lab.remove_vip(vip).unwrap();
+    lab.remove_lb("lb-1").unwrap();
+    // The other one goes without a word.
+    lab.nsmgr.remove_endpoint("lb-2");
+    let daemon = lab.daemon().unwrap();
+    wait(daemon, 0, "Connection monitor received delete event");
+    wait(daemon, 0, "no load balancer is connected");
+    daemon.health("Readiness").unwrap_err();
+    let daemon = lab.stop_daemon(Duration::from_secs(28)).unwrap();
+    let found: Vec<Value> = daemon
+        .lines()
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    for (words, key) in [
+        ("Configuration read", "config"),
+        ("Set bridge IP", "ip"),
+        ("Add network service endpoint", "name"),
+        ("InterfaceCreated", "intf"),
+        ("InterfaceDeleted", "intf"),
+        ("Add VIP", "vip"),
+        ("Delete VIP", "vip"),
+        ("Added nexthop", "nexthop"),
+        ("Removed nexthop", "nexthop"),
+        ("Probe service", "service"),
+    ] {
+        let line = found.iter().find(|line| line["message"] == words);
+        let line = line.unwrap_or_else(|| panic!("no {words:?}"));
+        assert!(!line["extra_data"][key].is_null(), "{line}");
+    }
+    for words in [
+        "Connected network service endpoint: ",
+        "Closed network service endpoint: ",
+        "release IP: ",
+    ] {
+        let begins = |line: &Value| line["message"].as_str().unwrap().starts_with(words);
+        assert!(found.iter().any(begins), "no {words:?}");
+    }
+    assert_eq!(found.last().unwrap()["message"], "Proxy shutting done");
+}
+
 /// Nothing is wrong when SPIRE renews the certificate: peers close what was made
 /// with the old one, and everything is asked again on new connections.
 #[test]

@@ -26,8 +26,8 @@ use meridio_lab::workdir::WorkDir;
 /// The image's user.
 const USER: u32 = 10_005;
 /// linux/capability.h: `CAP_DAC_OVERRIDE`, `CAP_NET_ADMIN`.
-const DAC_OVERRIDE: u64 = 1 << 1;
-const NET_ADMIN: u64 = 1 << 12;
+const DAC_OVERRIDE: u32 = 1 << 1;
+const NET_ADMIN: u32 = 1 << 12;
 
 /// What the pod's sandbox does before it starts the container's program: `$0`,
 /// behind the arguments of setpriv.
@@ -41,7 +41,7 @@ exec setpriv \"$@\" \"$0\"";
 /// permits NET_ADMIN and makes nothing effective, as the image's setcap does.
 fn permit_net_admin(file: &Path) -> io::Result<()> {
     const REVISION_2: u32 = 0x0200_0000;
-    let words = [REVISION_2, NET_ADMIN as u32, 0, 0, 0];
+    let words = [REVISION_2, NET_ADMIN, 0, 0, 0];
     let value: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let path = CString::new(file.as_os_str().as_bytes())?;
     let name = c"security.capability";
@@ -96,8 +96,8 @@ fn status(process: &str, key: &str) -> String {
     value.expect(key).to_owned()
 }
 
-fn capabilities(process: &str, set: &str) -> u64 {
-    u64::from_str_radix(&status(process, set), 16).unwrap()
+fn capabilities(process: &str, set: &str) -> u32 {
+    u32::from_str_radix(&status(process, set), 16).unwrap()
 }
 
 /// The thread that changes the kernel's state.
@@ -117,7 +117,7 @@ fn net_thread(daemon: &Daemon) -> String {
 
 /// Brings everything up, sends traffic while load balancers and targets come,
 /// restarts, and stops.
-fn carries_traffic(lab: &mut Topology, user: u32, permitted: u64) {
+fn carries_traffic(lab: &mut Topology, user: u32, permitted: u32) {
     lab.start_daemon().unwrap();
     lab.add_lb().unwrap();
     lab.add_lb().unwrap();

@@ -85,8 +85,9 @@ impl Proxy {
 
     /// The next line with that message.
     fn line(&self, message: &str) -> Value {
+        let deadline = clock::now() + LIMIT;
         loop {
-            let line = self.lines.recv_timeout(LIMIT).expect(message);
+            let line = self.lines.recv_deadline(deadline).expect(message);
             if line["message"] == message {
                 return line;
             }
@@ -179,6 +180,21 @@ fn the_first_line_has_the_settings_and_signals_change_the_level() {
         proxy.signal(signal);
         let line = proxy.line("Log level set");
         assert_eq!(line["extra_data"]["level"], level);
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.end().1.code(), Some(0));
+}
+
+/// Meridio's proxy has no handler when it is configured to TRACE, and either signal
+/// kills it.
+#[test]
+fn with_trace_configured_the_signals_for_the_level_kill_nobody() {
+    let mut proxy = Proxy::start("export NSM_LOG_LEVEL=TRACE");
+    proxy.line("Waiting for the first SVID");
+    for signal in ["USR1", "USR2"] {
+        proxy.signal(signal);
+        let line = proxy.line("Log level set");
+        assert_eq!(line["extra_data"]["level"], "TRACE", "{signal}");
     }
     proxy.signal("TERM");
     assert_eq!(proxy.end().1.code(), Some(0));
@@ -332,12 +348,8 @@ fn with_every_peer_gone_the_stop_still_fits_into_its_budget() {
 
 #[test]
 fn without_the_capability_the_log_says_which_one_is_missing() {
-    let directory = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-    let socket = directory.join(format!("agent-caps-{}.sock", std::process::id()));
-    let pki = Pki::new("example.org");
-    let agent = Agent::start(&socket, &pki, &pki.id("proxy"), Duration::from_secs(3600));
-    let without = "exec setpriv --bounding-set -net_admin \"$0\"";
-    let mut proxy = Proxy::start_with(&agent.address(), without);
+    // At once, although there is no SPIRE yet.
+    let mut proxy = Proxy::start("exec setpriv --bounding-set -net_admin \"$0\"");
     let line = proxy.line("Proxy shutting down");
     assert_eq!(line["severity"], "critical");
     let error = line["extra_data"]["error"].as_str().unwrap();

@@ -93,6 +93,9 @@ impl Parts {
                 .map_err(failed("the health server"))?,
         );
         info!(socket = HEALTH_SOCKET; "Health server listens");
+        // Before the identity, which may take long: what a predecessor left is
+        // kept right meanwhile, and a missing capability is told at once.
+        let net = self.start_kernel(config, threads)?;
         self.identify(config, threads, control)?;
 
         let ipam_service = config.ipam_service.clone();
@@ -114,7 +117,6 @@ impl Parts {
         };
         let nsmgr = self.connect(threads, nsmgr)?;
 
-        let net = self.start_kernel(config, threads)?;
         let leases = self.start_ipam(config, threads, ipam.clone(), net.clone())?;
         self.vip_watch = Some(
             nsp::start(threads, nsp.clone(), net.clone(), &config.trench)

@@ -12,6 +12,7 @@ pub mod packet;
 #[cfg(test)]
 mod properties;
 pub mod report;
+mod said;
 pub mod sysctl;
 mod worker;
 #[cfg(test)]

@@ -9,7 +9,7 @@ use log::{debug, error, info, warn};
 
 use super::announce::Announcer;
 use super::error::{KernelError, OpError};
-use super::{EgressSink, NetMsg, Rtnl};
+use super::{EgressSink, NetMsg, Rtnl, said};
 use crate::core::dataplane::Dataplane;
 use crate::core::desired::{Desired, Warning};
 use crate::core::observed::Observed;
@@ -236,6 +236,7 @@ impl<K: Rtnl> Net<K> {
     }
 
     fn succeeded(&mut self, op: &KernelOp) {
+        said::done(op, &self.observed);
         self.observed.apply(op);
         self.dataplane.succeeded(op);
         if self.refused.remove(op).is_some() {

@@ -78,15 +78,15 @@ fn write(event: &ConnectionEvent) {
         let endpoint = connection.network_service_endpoint_name.as_str();
         let first = connection.path.path_segments.first();
         let first = first.map_or("", |segment| segment.id.as_str());
-        let what = match (event.type_.enum_value(), connection.state.enum_value()) {
-            (Ok(ConnectionEventType::DELETE), _) => "deleted",
-            (_, Ok(State::DOWN)) => "down",
+        let words = match (event.type_.enum_value(), connection.state.enum_value()) {
+            (Ok(ConnectionEventType::DELETE), _) => "Connection monitor received delete event",
+            (_, Ok(State::DOWN)) => "Connection monitor received down event",
             (_, Ok(State::UP)) => {
                 debug!(id, first, endpoint; "nsmgr: connection up");
                 continue;
             }
-            _ => "changed",
+            _ => "Connection monitor received event",
         };
-        info!(id, first, endpoint; "nsmgr: connection {what}");
+        info!(id, first, endpoint; "{words}");
     }
 }

@@ -294,7 +294,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         let ended = self.ended.0.clone();
         self.number = self.number.wrapping_add(1);
         let thread = format!("lb:{}", self.number);
-        info!("{thread} serves LB {name}");
+        info!(name = name.as_str(), thread = thread.as_str(); "Add network service endpoint");
         let last = name.clone();
         let started = self.threads.spawn(&thread, STACK_SMALL, move |stop| {
             worker.run(&stop);

@@ -181,7 +181,12 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         if self.reported.as_ref() == Some(&event) {
             debug!("{event}, still");
         } else {
-            info!("{event}");
+            let words = match event {
+                Event::PortExpected { .. } => "Connected network service endpoint: ",
+                Event::PortReleased { .. } => "Closed network service endpoint: ",
+                _ => "",
+            };
+            info!("{words}{event}");
             self.reported = Some(event.clone());
         }
         self.shared.net.tell(event);

@@ -1,8 +1,10 @@
 //! The `vip-watch` thread: a `WatchVip` stream, opened again whenever it ends.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crossbeam_channel::{at, never, select};
+use ipnetwork::IpNetwork;
 use log::{debug, info, warn};
 use protobuf::MessageField;
 
@@ -24,6 +26,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// How long a connection is waited for before that is logged.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// VIPs that come, or go, at a time and are named in the log.
+const NAMED_MAX: usize = 100;
+
 /// The thread's state.
 pub(super) struct VipWatch {
     connector: Connector,
@@ -37,6 +42,8 @@ pub(super) struct VipWatch {
     /// Lines about streams that ended: an NSP may tell a list and end, again
     /// and again.
     ends: Repeats,
+    /// The VIPs that `net` was told last.
+    told: BTreeSet<IpNetwork>,
 }
 
 impl VipWatch {
@@ -49,6 +56,7 @@ impl VipWatch {
             had_list: false,
             is_failing: false,
             ends: Repeats::default(),
+            told: BTreeSet::new(),
         }
     }
 
@@ -125,11 +133,24 @@ impl VipWatch {
         self.act(actions);
     }
 
-    fn act(&self, actions: impl IntoIterator<Item = VipAction>) {
+    /// Each VIP that comes or goes, in the words of Meridio's log; the first
+    /// ones of many.
+    fn log_changes(&self, vips: &BTreeSet<IpNetwork>) {
+        for vip in vips.difference(&self.told).take(NAMED_MAX) {
+            info!(vip = vip.to_string(); "Add VIP");
+        }
+        for vip in self.told.difference(vips).take(NAMED_MAX) {
+            info!(vip = vip.to_string(); "Delete VIP");
+        }
+    }
+
+    fn act(&mut self, actions: impl IntoIterator<Item = VipAction>) {
         for action in actions {
             match action {
                 VipAction::Tell(vips) => {
                     info!(count = vips.len(); "NSP told the VIPs");
+                    self.log_changes(&vips);
+                    self.told.clone_from(&vips);
                     self.net.tell(Event::Vips(vips));
                 }
                 VipAction::Refused { text, fault } => {

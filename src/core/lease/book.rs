@@ -310,7 +310,10 @@ impl<E: Clone + Display> LeaseBook<E> {
             }
         }
         if !connection.holds_anything() {
-            self.note(false, format!("the addresses of {id} are released"));
+            self.note(
+                false,
+                format!("release IP: the addresses of {id} are released"),
+            );
         }
         self.settle(id, connection, now);
     }

@@ -13,6 +13,8 @@ use crate::infra::{IPAM_PORT, NSP_PORT};
 /// What to build.
 #[derive(Debug, Clone)]
 pub struct TopologyOptions {
+    /// What to run in place of the daemon's binary, with its arguments.
+    pub program: Option<(PathBuf, Vec<String>)>,
     pub trench: String,
     pub conduit: String,
     pub namespace: String,
@@ -26,13 +28,12 @@ pub struct TopologyOptions {
     pub svid_lifetime: Duration,
     /// Settings of the daemon beside, or instead of, the usual ones.
     pub env: BTreeMap<String, String>,
-    /// What to run in place of the daemon's binary, with its arguments.
-    pub program: Option<(PathBuf, Vec<String>)>,
 }
 
 impl Default for TopologyOptions {
     fn default() -> Self {
         Self {
+            program: None,
             trench: "trench-a".to_owned(),
             conduit: "conduit-a".to_owned(),
             namespace: "red".to_owned(),
@@ -47,7 +48,6 @@ impl Default for TopologyOptions {
             token_lifetime: Duration::from_secs(600),
             svid_lifetime: Duration::from_secs(3600),
             env: BTreeMap::new(),
-            program: None,
         }
     }
 }
