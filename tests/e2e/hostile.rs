@@ -36,7 +36,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// What the daemon and its pod hold: a leak of any of these shows.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     descriptors: Vec<String>,
     threads: Vec<String>,
     links: Vec<String>,
@@ -66,7 +66,7 @@ const GRPC_THREADS: [&str; 5] = [
     "timer_manager",
 ];
 
-fn held(lab: &Topology) -> Held {
+pub(super) fn held(lab: &Topology) -> Held {
     let pid = lab.daemon().unwrap().pid();
     let sorted = |what: &str, name: &dyn Fn(PathBuf) -> io::Result<String>| {
         let entries = std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap();
@@ -100,7 +100,7 @@ fn held(lab: &Topology) -> Held {
 }
 
 /// What is held comes back to what it was.
-fn assert_held(lab: &Topology, before: &Held) {
+pub(super) fn assert_held(lab: &Topology, before: &Held) {
     // Addresses whose interface may still be there are kept for 20 s.
     let deadline = clock::now() + 2 * LIMIT;
     let (_stopper, pause) = stop_pair();
@@ -115,7 +115,7 @@ fn assert_held(lab: &Topology, before: &Held) {
 }
 
 /// The daemon writes a line with all of `words` after `since`.
-fn says(lab: &Topology, since: usize, words: &[&str]) {
+pub(super) fn says(lab: &Topology, since: usize, words: &[&str]) {
     let daemon = lab.daemon().unwrap();
     let all = |line: &str| words.iter().all(|word| line.contains(word));
     let line = daemon.wait_line(since, all, LIMIT);
@@ -126,7 +126,7 @@ fn says(lab: &Topology, since: usize, words: &[&str]) {
     );
 }
 
-fn lines(lab: &Topology) -> usize {
+pub(super) fn lines(lab: &Topology) -> usize {
     lab.daemon().unwrap().line_count()
 }
 

@@ -26,6 +26,7 @@ use protobuf::well_known_types::empty::Empty;
 
 use crate::nsp::feed::Feed;
 use crate::nsp::health_service;
+use crate::spoil::Spoils;
 pub use store::Key;
 use store::{Refusal, Store};
 
@@ -83,6 +84,7 @@ struct Shared {
 
 /// What handlers and worker share.
 struct Core {
+    spoils: Spoils,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -118,6 +120,7 @@ impl Ipam {
         let (jobs, queue) = bounded(JOBS_MAX);
         let (wake, woken) = bounded(1);
         let core = Arc::new(Core {
+            spoils: Spoils::default(),
             state: Mutex::new(State {
                 store,
                 delay: BTreeMap::new(),
@@ -206,6 +209,11 @@ impl Ipam {
             prefixLength: length,
             ..Prefix::default()
         });
+    }
+
+    /// Which answers are spoilt, by the path of their method: Allocate's.
+    pub fn spoils(&self) -> &Spoils {
+        &self.0.core.spoils
     }
 
     /// Loses the table.
@@ -335,7 +343,7 @@ impl Core {
     fn execute(&self, job: &Job) -> bool {
         let mut state = self.state.lock();
         let unknown = |text: String| RpcStatus::with_message(RpcStatusCode::UNKNOWN, text);
-        let result = match (&state.failure, job.verb) {
+        let mut result = match (&state.failure, job.verb) {
             (Some(text), _) => Err(unknown(text.clone())),
             (None, Verb::Release) => {
                 state.store.release(&job.child);
@@ -356,6 +364,9 @@ impl Core {
         }
         drop(state);
         self.changed.notify_all();
+        if let (Ok(prefix), Verb::Allocate) = (&mut result, job.verb) {
+            self.spoils.apply(method::IPAM_ALLOCATE.name, prefix);
+        }
         job.answer.push(result);
         true
     }

@@ -33,6 +33,7 @@ use crate::monitor::{Monitors, Outbox};
 use crate::pki::Pki;
 use crate::policy::{Hop, Notes, Owners};
 use crate::registry::Registry;
+use crate::spoil::Spoils;
 use crate::tls::{Peers, TlsListener};
 use meridio_proxy::proto::registry::NetworkServiceEndpointResponse;
 use parts::{Gate, Timers, Turns};
@@ -88,6 +89,7 @@ struct Inner {
     finds: Mutex<Vec<Outbox<NetworkServiceEndpointResponse>>>,
     state: Mutex<State>,
     listener: Mutex<Option<TlsListener>>,
+    spoils: Spoils,
     targets: targets::Targets,
     events: (Sender<TargetEvent>, Receiver<TargetEvent>),
     itself: Weak<Inner>,
@@ -169,6 +171,7 @@ impl Nsmgr {
                 expire_period: Duration::from_secs(60),
             }),
             listener: Mutex::default(),
+            spoils: Spoils::default(),
             targets: targets::Targets::default(),
             events: bounded(1024),
             itself: itself.clone(),
@@ -179,6 +182,12 @@ impl Nsmgr {
 }
 
 impl Nsmgr {
+    /// Which answers are spoilt, by the path of their method. A stream begins
+    /// in good order, then brings what is spoilt.
+    pub fn spoils(&self) -> &Spoils {
+        &self.inner().spoils
+    }
+
     fn inner(&self) -> &Inner {
         &self.0.0
     }
