@@ -14,6 +14,8 @@ mod changes;
 mod hostile;
 #[path = "e2e/hostile_addresses.rs"]
 mod hostile_addresses;
+#[path = "e2e/hostile_answers.rs"]
+mod hostile_answers;
 #[path = "e2e/hostile_bytes.rs"]
 mod hostile_bytes;
 #[path = "e2e/life.rs"]

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use grpcio::RpcStatus;
+use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::rpc::env::Rpc;
 use meridio_proxy::rpc::status::{Code, RpcError};
 use meridio_proxy::sync::clock;
@@ -54,6 +55,9 @@ pub struct NsmgrOptions {
     /// Lifetime of the tokens of all lab peers.
     pub token_lifetime: Duration,
 }
+
+/// A change to a connection that an answer tells.
+type Tamper = Box<dyn Fn(&mut Connection) + Send>;
 
 /// A running nsmgr; clones are the same one. The last one ends it.
 #[derive(Clone)]
@@ -90,6 +94,7 @@ struct Inner {
     state: Mutex<State>,
     listener: Mutex<Option<TlsListener>>,
     spoils: Spoils,
+    tamper: Mutex<Option<Tamper>>,
     targets: targets::Targets,
     events: (Sender<TargetEvent>, Receiver<TargetEvent>),
     itself: Weak<Inner>,
@@ -172,6 +177,7 @@ impl Nsmgr {
             }),
             listener: Mutex::default(),
             spoils: Spoils::default(),
+            tamper: Mutex::default(),
             targets: targets::Targets::default(),
             events: bounded(1024),
             itself: itself.clone(),
@@ -186,6 +192,14 @@ impl Nsmgr {
     /// in good order, then brings what is spoilt.
     pub fn spoils(&self) -> &Spoils {
         &self.inner().spoils
+    }
+
+    /// What is done to each connection before a Request is answered with it.
+    pub fn tamper<F>(&self, tamper: F)
+    where
+        F: Fn(&mut Connection) + Send + 'static,
+    {
+        *self.inner().tamper.lock() = Some(Box::new(tamper));
     }
 
     fn inner(&self) -> &Inner {
