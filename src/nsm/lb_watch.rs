@@ -38,6 +38,7 @@ const FRUITLESS: u32 = 2;
 const OPEN: &str = "open";
 const WATCH: &str = "watch";
 const LIST: &str = "list";
+const GARBLED: &str = "garbled";
 
 type Answers = Stream<NetworkServiceEndpointResponse>;
 
@@ -207,7 +208,10 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match ended {
             Some(Item::Ended(Err(error))) => {
                 let what = format!("the registry's stream of LBs ended: {error}");
-                if fruitless < FRUITLESS {
+                if error.is_undecodable() {
+                    // Whatever it brought before.
+                    self.complain(GARBLED, &what);
+                } else if fruitless < FRUITLESS {
                     debug!("{what}");
                 } else {
                     self.complain(WATCH, &what);
@@ -221,7 +225,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match item {
             Some(Item::Message(response)) => self.seen(response),
             Some(Item::Ended(Ok(()))) => {
-                self.well(&[OPEN, LIST]);
+                self.well(&[OPEN, LIST, GARBLED]);
                 self.list = None;
                 for action in self.mesh.listed() {
                     self.act(Some(action));

@@ -54,8 +54,10 @@ mod cause {
     pub(super) const REFUSED: &str = "refused";
     pub(super) const ANSWER: &str = "answer";
     pub(super) const WATCH: &str = "watch";
+    /// What nsmgr's stream brings is no event.
+    pub(super) const GARBLED: &str = "garbled";
     /// What a Request that succeeds proves to be over.
-    pub(super) const REQUESTS: [&str; 6] = [LOOK, LIST, NAME, UNCLEAR, REFUSED, ANSWER];
+    pub(super) const REQUESTS: [&str; 7] = [LOOK, LIST, NAME, UNCLEAR, REFUSED, ANSWER, GARBLED];
 }
 
 /// What the sessions of a mesh have in common.
@@ -439,11 +441,16 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 self.session.monitored(said, now);
             }
             ended => {
-                let why = match ended {
-                    Some(Item::Ended(Err(error))) => error.to_string(),
-                    _ => "nsmgr ended it".to_owned(),
-                };
-                debug!(id = self.template.id; "monitor stream over: {why}");
+                match ended {
+                    Some(Item::Ended(Err(error))) if error.is_undecodable() => self.complain(
+                        cause::GARBLED,
+                        &format!("nsmgr's stream of the connection's events is given up: {error}"),
+                    ),
+                    Some(Item::Ended(Err(error))) => {
+                        debug!(id = self.template.id; "monitor stream over: {error}");
+                    }
+                    _ => debug!(id = self.template.id; "monitor stream over: nsmgr ended it"),
+                }
                 self.watch = None;
                 self.session.watch_ended(now);
             }
@@ -486,11 +493,18 @@ fn tell(said: Monitored) -> &'static str {
 }
 
 /// Whether nsmgr has refused, or may have connected without our learning it.
+/// gRPC itself says RESOURCE_EXHAUSTED of an answer beyond its limits, and
+/// INTERNAL of one that is broken off.
 fn failure(error: &RpcError) -> Failure<Connection> {
     match error.code() {
-        Some(Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED) | None => {
-            Failure::Unclear
-        }
+        Some(
+            Code::UNAVAILABLE
+            | Code::DEADLINE_EXCEEDED
+            | Code::CANCELLED
+            | Code::RESOURCE_EXHAUSTED
+            | Code::INTERNAL,
+        )
+        | None => Failure::Unclear,
         Some(_) => Failure::Refused,
     }
 }

@@ -26,6 +26,7 @@ use protobuf::well_known_types::empty::Empty;
 
 use crate::nsp::feed::Feed;
 use crate::nsp::health_service;
+use crate::spoil::Spoils;
 pub use store::Key;
 use store::{Refusal, Store};
 
@@ -83,6 +84,7 @@ struct Shared {
 
 /// What handlers and worker share.
 struct Core {
+    spoils: Spoils,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -95,9 +97,12 @@ struct State {
     turn: Duration,
     kept_until: Option<Instant>,
     failure: Option<String>,
-    prefix_override: Option<Prefix>,
+    answers: Option<Answers>,
     calls: Vec<Call>,
 }
+
+/// What is told in place of what was allocated.
+type Answers = Box<dyn Fn(&Child) -> Option<(String, i32)> + Send>;
 
 /// A call on its way to the worker.
 struct Job {
@@ -118,6 +123,7 @@ impl Ipam {
         let (jobs, queue) = bounded(JOBS_MAX);
         let (wake, woken) = bounded(1);
         let core = Arc::new(Core {
+            spoils: Spoils::default(),
             state: Mutex::new(State {
                 store,
                 delay: BTreeMap::new(),
@@ -125,7 +131,7 @@ impl Ipam {
                 turn: Duration::ZERO,
                 kept_until: None,
                 failure: None,
-                prefix_override: None,
+                answers: None,
                 calls: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -201,11 +207,22 @@ impl Ipam {
 
     /// Answers each Allocate with this, whatever was allocated.
     pub fn set_answer(&self, answer: Option<(&str, i32)>) {
-        self.0.core.state.lock().prefix_override = answer.map(|(address, length)| Prefix {
-            address: address.to_owned(),
-            prefixLength: length,
-            ..Prefix::default()
-        });
+        let answer = answer.map(|(address, length)| (address.to_owned(), length));
+        self.set_answers(move |_| answer.clone());
+    }
+
+    /// Answers each Allocate with the address and prefix length that this says
+    /// for the child, if any, whatever was allocated.
+    pub fn set_answers<F>(&self, answers: F)
+    where
+        F: Fn(&Child) -> Option<(String, i32)> + Send + 'static,
+    {
+        self.0.core.state.lock().answers = Some(Box::new(answers));
+    }
+
+    /// Which answers are spoilt, by the path of their method: Allocate's.
+    pub fn spoils(&self) -> &Spoils {
+        &self.0.core.spoils
     }
 
     /// Loses the table.
@@ -335,7 +352,7 @@ impl Core {
     fn execute(&self, job: &Job) -> bool {
         let mut state = self.state.lock();
         let unknown = |text: String| RpcStatus::with_message(RpcStatusCode::UNKNOWN, text);
-        let result = match (&state.failure, job.verb) {
+        let mut result = match (&state.failure, job.verb) {
             (Some(text), _) => Err(unknown(text.clone())),
             (None, Verb::Release) => {
                 state.store.release(&job.child);
@@ -344,11 +361,16 @@ impl Core {
             (None, Verb::Allocate) => match state.store.allocate(&job.child) {
                 Err(Refusal::Wait) => return false,
                 Err(Refusal::Error(text)) => Err(unknown(text)),
-                Ok(address) => Ok(state.prefix_override.clone().unwrap_or_else(|| Prefix {
-                    address: address.ip().to_string(),
-                    prefixLength: address.prefix().into(),
-                    ..Prefix::default()
-                })),
+                Ok(address) => {
+                    let told = state.answers.as_ref().and_then(|told| told(&job.child));
+                    let right = || (address.ip().to_string(), address.prefix().into());
+                    let (address, length) = told.unwrap_or_else(right);
+                    Ok(Prefix {
+                        address,
+                        prefixLength: length,
+                        ..Prefix::default()
+                    })
+                }
             },
         };
         if state.failure.is_none() {
@@ -356,6 +378,9 @@ impl Core {
         }
         drop(state);
         self.changed.notify_all();
+        if let (Ok(prefix), Verb::Allocate) = (&mut result, job.verb) {
+            self.spoils.apply(method::IPAM_ALLOCATE.name, prefix);
+        }
         job.answer.push(result);
         true
     }

@@ -39,6 +39,7 @@ pub mod process;
 pub mod registry;
 pub mod router;
 pub mod sock;
+pub mod spoil;
 pub mod spread;
 pub mod target;
 pub mod tls;

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use grpcio::RpcStatus;
+use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::rpc::env::Rpc;
 use meridio_proxy::rpc::status::{Code, RpcError};
 use meridio_proxy::sync::clock;
@@ -33,6 +34,7 @@ use crate::monitor::{Monitors, Outbox};
 use crate::pki::Pki;
 use crate::policy::{Hop, Notes, Owners};
 use crate::registry::Registry;
+use crate::spoil::Spoils;
 use crate::tls::{Peers, TlsListener};
 use meridio_proxy::proto::registry::NetworkServiceEndpointResponse;
 use parts::{Gate, Timers, Turns};
@@ -53,6 +55,9 @@ pub struct NsmgrOptions {
     /// Lifetime of the tokens of all lab peers.
     pub token_lifetime: Duration,
 }
+
+/// A change to a connection that an answer tells.
+type Tamper = Box<dyn Fn(&mut Connection) + Send>;
 
 /// A running nsmgr; clones are the same one. The last one ends it.
 #[derive(Clone)]
@@ -88,6 +93,8 @@ struct Inner {
     finds: Mutex<Vec<Outbox<NetworkServiceEndpointResponse>>>,
     state: Mutex<State>,
     listener: Mutex<Option<TlsListener>>,
+    spoils: Spoils,
+    tamper: Mutex<Option<Tamper>>,
     targets: targets::Targets,
     events: (Sender<TargetEvent>, Receiver<TargetEvent>),
     itself: Weak<Inner>,
@@ -169,6 +176,8 @@ impl Nsmgr {
                 expire_period: Duration::from_secs(60),
             }),
             listener: Mutex::default(),
+            spoils: Spoils::default(),
+            tamper: Mutex::default(),
             targets: targets::Targets::default(),
             events: bounded(1024),
             itself: itself.clone(),
@@ -179,6 +188,20 @@ impl Nsmgr {
 }
 
 impl Nsmgr {
+    /// Which answers are spoilt, by the path of their method. A stream begins
+    /// in good order, then brings what is spoilt.
+    pub fn spoils(&self) -> &Spoils {
+        &self.inner().spoils
+    }
+
+    /// What is done to each connection before a Request is answered with it.
+    pub fn tamper<F>(&self, tamper: F)
+    where
+        F: Fn(&mut Connection) + Send + 'static,
+    {
+        *self.inner().tamper.lock() = Some(Box::new(tamper));
+    }
+
     fn inner(&self) -> &Inner {
         &self.0.0
     }

@@ -28,6 +28,7 @@ use parking_lot::{Condvar, Mutex};
 use protobuf::MessageField;
 use protobuf::well_known_types::empty::Empty;
 
+use crate::spoil::Spoils;
 use feed::Feed;
 
 /// How long a stop waits for running calls.
@@ -43,6 +44,7 @@ pub struct Nsp {
 
 struct Shared {
     trench: String,
+    spoils: Spoils,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -76,6 +78,7 @@ impl Nsp {
         Self {
             shared: Arc::new(Shared {
                 trench: trench.to_owned(),
+                spoils: Spoils::default(),
                 state: Mutex::new(State::default()),
                 changed: Condvar::new(),
             }),
@@ -123,6 +126,11 @@ impl Nsp {
     /// configuration.
     pub fn repeat_vips(&self) {
         self.shared.send_vips(&self.shared.state.lock());
+    }
+
+    /// Which lists are spoilt: WatchVip's, by the path of that method.
+    pub fn spoils(&self) -> &Spoils {
+        &self.shared.spoils
     }
 
     /// While set, a new stream begins with an empty list, as with an NSP that
@@ -245,10 +253,12 @@ impl Shared {
         let vips = all
             .filter(|vip| matches && (filter.name.is_empty() || filter.name == vip.name))
             .collect();
-        VipResponse {
+        let mut list = VipResponse {
             vips,
             ..VipResponse::default()
-        }
+        };
+        self.spoils.apply(method::WATCH_VIP.name, &mut list);
+        list
     }
 
     fn send_targets(&self, state: &State) {
