@@ -1,6 +1,7 @@
 //! The threads of the mesh against a test that plays nsmgr, registry and IPAM:
 //! each call of theirs waits until the test answers it.
 
+mod crowd;
 mod successor;
 mod world;
 
