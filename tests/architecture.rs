@@ -25,12 +25,13 @@ const GRPC: [&str; 9] = [
 ];
 
 /// The files of the daemon that may hold `unsafe`.
-const UNSAFE: [&str; 8] = [
+const UNSAFE: [&str; 9] = [
     "src/kernel/capability.rs",
     "src/kernel/netlink/socket.rs",
     "src/logging/time.rs",
     "src/sync/poll.rs",
     "src/transport/accept.rs",
+    "src/transport/descriptors.rs",
     "src/transport/dial.rs",
     "src/transport/fd_socket.rs",
     "src/transport/manager.rs",
