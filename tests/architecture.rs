@@ -32,6 +32,7 @@ const UNSAFE: [&str; 9] = [
     "src/logging/time.rs",
     "src/sync/poll.rs",
     "src/transport/accept.rs",
+    "src/transport/descriptors.rs",
     "src/transport/dial.rs",
     "src/transport/fd_socket.rs",
     "src/transport/manager.rs",

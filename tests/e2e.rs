@@ -10,6 +10,8 @@
 
 #[path = "e2e/changes.rs"]
 mod changes;
+#[path = "e2e/descriptors.rs"]
+mod descriptors;
 #[path = "e2e/hostile.rs"]
 mod hostile;
 #[path = "e2e/hostile_addresses.rs"]

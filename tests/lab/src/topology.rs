@@ -231,6 +231,7 @@ impl Topology {
             netns: self.pod.clone(),
             hosts: vec![(service, nsp_name), (service, "ipam-service".to_owned())],
             log: process::log_file(),
+            descriptors: options.descriptors,
             dir: self.dir.path().to_owned(),
         });
         self.daemon = Some(started.map_err(text)?);
