@@ -36,7 +36,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// What the daemon and its pod hold: a leak of any of these shows.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     descriptors: Vec<String>,
     threads: Vec<String>,
     links: Vec<String>,
@@ -66,7 +66,7 @@ const GRPC_THREADS: [&str; 5] = [
     "timer_manager",
 ];
 
-fn held(lab: &Topology) -> Held {
+pub(super) fn held(lab: &Topology) -> Held {
     let pid = lab.daemon().unwrap().pid();
     let sorted = |what: &str, name: &dyn Fn(PathBuf) -> io::Result<String>| {
         let entries = std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap();
@@ -76,7 +76,14 @@ fn held(lab: &Topology) -> Held {
         names
     };
     let mut links: Vec<String> = (lab.rtnl.links().unwrap().into_iter())
-        .map(|link| format!("{} {:?}", link.name, link.master))
+        .map(|link| {
+            // A connection that is made anew has another random end.
+            let name = link
+                .name
+                .rsplit_once('-')
+                .map_or(&*link.name, |(name, _)| name);
+            format!("{name} {:?}", link.master)
+        })
         .collect();
     links.sort();
     let rules = lab.vips().iter();
@@ -100,7 +107,7 @@ fn held(lab: &Topology) -> Held {
 }
 
 /// What is held comes back to what it was.
-fn assert_held(lab: &Topology, before: &Held) {
+pub(super) fn assert_held(lab: &Topology, before: &Held) {
     // Addresses whose interface may still be there are kept for 20 s.
     let deadline = clock::now() + 2 * LIMIT;
     let (_stopper, pause) = stop_pair();
