@@ -25,7 +25,7 @@ const GRPC: [&str; 9] = [
 ];
 
 /// The files of the daemon that may hold `unsafe`.
-const UNSAFE: [&str; 9] = [
+const UNSAFE: [&str; 10] = [
     "src/kernel/capability.rs",
     "src/kernel/netlink/socket.rs",
     "src/kernel/packet.rs",

@@ -8,6 +8,8 @@
     reason = "helpers of tests end by panicking too"
 )]
 
+#[path = "e2e/bad_days.rs"]
+mod bad_days;
 #[path = "e2e/changes.rs"]
 mod changes;
 #[path = "e2e/descriptors.rs"]

@@ -76,7 +76,14 @@ pub(super) fn held(lab: &Topology) -> Held {
         names
     };
     let mut links: Vec<String> = (lab.rtnl.links().unwrap().into_iter())
-        .map(|link| format!("{} {:?}", link.name, link.master))
+        .map(|link| {
+            // A connection that is made anew has another random end.
+            let name = link
+                .name
+                .rsplit_once('-')
+                .map_or(&*link.name, |(name, _)| name);
+            format!("{name} {:?}", link.master)
+        })
         .collect();
     links.sort();
     let rules = lab.vips().iter();

@@ -1,6 +1,7 @@
 //! The IPAM service with the real allocation rules, over mTLS on TCP, and with
 //! the ways in which it can be slow, broken or away.
 
+mod faults;
 mod store;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use protobuf::well_known_types::empty::Empty;
 use crate::nsp::feed::Feed;
 use crate::nsp::health_service;
 use crate::spoil::Spoils;
+use crate::wire::Wire;
 pub use store::Key;
 use store::{Refusal, Store};
 
@@ -77,7 +79,8 @@ struct Shared {
     core: Arc<Core>,
     jobs: Sender<Job>,
     wake: Sender<()>,
-    server: Mutex<Option<TlsServer>>,
+    // The line ends before the server.
+    server: Mutex<Option<(Wire, TlsServer)>>,
     /// Holds the core alone, so that the last clone of `Ipam` ends it.
     _worker: ThreadHandle,
 }
@@ -96,7 +99,7 @@ struct State {
     /// How long each call keeps the table, and until when it is kept.
     turn: Duration,
     kept_until: Option<Instant>,
-    failure: Option<String>,
+    failure: Option<RpcStatus>,
     answers: Option<Answers>,
     calls: Vec<Call>,
 }
@@ -161,16 +164,18 @@ impl Ipam {
     ) -> Result<(), String> {
         let services = vec![self.service(), health_service()];
         let peers = PeerTable::default();
+        let (wire, listener) = Wire::tcp(listener).map_err(|error| format!("IPAM: {error}"))?;
         let server = TlsServer::start_tcp(threads, rpc, svid, listener, peers, services)
             .map_err(|error| format!("IPAM: {error:?}"))?;
-        *self.0.server.lock() = Some(server);
+        *self.0.server.lock() = Some((wire, server));
         Ok(())
     }
 
     /// Ends the server; the table stays.
     pub fn stop(&self) {
         let server = self.0.server.lock().take();
-        if let Some(server) = server {
+        if let Some((wire, server)) = server {
+            drop(wire);
             server.stop(clock::now() + STOP_LIMIT);
         }
     }
@@ -202,7 +207,12 @@ impl Ipam {
 
     /// Answers all calls with UNKNOWN and this text, executing none.
     pub fn set_failure(&self, text: Option<&str>) {
-        self.0.core.state.lock().failure = text.map(str::to_owned);
+        let unknown = |text: &str| RpcStatus::with_message(RpcStatusCode::UNKNOWN, text.to_owned());
+        self.refuse(text.map(unknown));
+    }
+
+    fn refuse(&self, failure: Option<RpcStatus>) {
+        self.0.core.state.lock().failure = failure;
     }
 
     /// Answers each Allocate with this, whatever was allocated.
@@ -353,7 +363,7 @@ impl Core {
         let mut state = self.state.lock();
         let unknown = |text: String| RpcStatus::with_message(RpcStatusCode::UNKNOWN, text);
         let mut result = match (&state.failure, job.verb) {
-            (Some(text), _) => Err(unknown(text.clone())),
+            (Some(status), _) => Err(status.clone()),
             (None, Verb::Release) => {
                 state.store.release(&job.child);
                 Ok(Prefix::default())

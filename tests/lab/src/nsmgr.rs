@@ -9,6 +9,7 @@
 mod api;
 mod chain;
 mod discover;
+mod faults;
 pub(crate) mod parts;
 mod registration;
 mod serve;
@@ -21,14 +22,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use grpcio::RpcStatus;
 use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::rpc::env::Rpc;
-use meridio_proxy::rpc::status::{Code, RpcError};
+use meridio_proxy::rpc::status::RpcError;
 use meridio_proxy::sync::clock;
 use parking_lot::Mutex;
 
 use crate::datapath::{Datapath, LocalEndpoint};
+use crate::fault::dropped;
 use crate::forwarder::Forwarder;
 use crate::monitor::{Monitors, Outbox};
 use crate::pki::Pki;
@@ -39,6 +40,7 @@ use crate::tls::{Peers, TlsListener};
 use meridio_proxy::proto::registry::NetworkServiceEndpointResponse;
 use parts::{Gate, Timers, Turns};
 
+pub use faults::{ForwarderProcess, LbProcess, RegistryProcess, TargetProcess};
 pub use targets::{TargetEvent, TargetRequest};
 
 /// What an nsmgr is made of.
@@ -85,6 +87,7 @@ struct Inner {
     peers: Peers,
     turns: Arc<Turns>,
     gate: Gate,
+    troubles: faults::Troubles,
     timers: Arc<Timers>,
     registry: Arc<Registry>,
     forwarder: Forwarder,
@@ -162,6 +165,7 @@ impl Nsmgr {
             peers: Peers::default(),
             turns: Arc::default(),
             gate: Gate::default(),
+            troubles: faults::Troubles::default(),
             timers,
             registry: Arc::new(registry),
             forwarder,
@@ -223,13 +227,8 @@ impl Inner {
 
     /// Ends all open streams with UNAVAILABLE.
     fn end_streams(&self) {
-        let text = "streams dropped by the test".to_owned();
-        let status = RpcStatus::with_message(Code::UNAVAILABLE, text);
-        self.monitors.end_streams(&status);
-        self.registry.end_streams(&status);
-        for find in self.finds.lock().drain(..) {
-            find.end(status.clone());
-        }
+        self.monitors.end_streams(&dropped());
+        self.end_finds(&dropped());
     }
 
     /// nsmgr's address for other nodes, which it gives the registry.

@@ -2,6 +2,7 @@
 //! full lists at the begin of each stream and at every event, as Meridio's NSP
 //! sends them, over mTLS on TCP.
 
+mod faults;
 pub(crate) mod feed;
 
 use std::collections::BTreeMap;
@@ -28,7 +29,9 @@ use parking_lot::{Condvar, Mutex};
 use protobuf::MessageField;
 use protobuf::well_known_types::empty::Empty;
 
+use crate::fault::dropped;
 use crate::spoil::Spoils;
+use crate::wire::Wire;
 use feed::Feed;
 
 /// How long a stop waits for running calls.
@@ -39,7 +42,7 @@ const STOP_LIMIT: Duration = Duration::from_millis(200);
 pub struct Nsp {
     shared: Arc<Shared>,
     // Beside what its handlers share, so that the last clone ends it.
-    server: Arc<Mutex<Option<TlsServer>>>,
+    server: Arc<Mutex<Option<(Wire, TlsServer)>>>,
 }
 
 struct Shared {
@@ -53,6 +56,7 @@ struct Shared {
 struct State {
     vips: Vec<String>,
     begins_empty: bool,
+    refusal: Option<RpcStatus>,
     vip_watches: Vec<Watch<Vip, VipResponse>>,
     /// All watches of VIPs that were ever opened.
     vip_watches_seen: Vec<Vip>,
@@ -100,9 +104,10 @@ impl Nsp {
             health_service(),
         ];
         let peers = PeerTable::default();
+        let (wire, listener) = Wire::tcp(listener).map_err(|error| format!("NSP: {error}"))?;
         let server = TlsServer::start_tcp(threads, rpc, svid, listener, peers, services)
             .map_err(|error| format!("NSP: {error:?}"))?;
-        *self.server.lock() = Some(server);
+        *self.server.lock() = Some((wire, server));
         Ok(())
     }
 
@@ -110,7 +115,8 @@ impl Nsp {
     pub fn stop(&self) {
         let server = self.server.lock().take();
         self.close_streams();
-        if let Some(server) = server {
+        if let Some((wire, server)) = server {
+            drop(wire);
             server.stop(clock::now() + STOP_LIMIT);
         }
     }
@@ -142,7 +148,10 @@ impl Nsp {
 
     /// Ends all streams with UNAVAILABLE.
     pub fn drop_streams(&self) {
-        let status = RpcStatus::with_message(RpcStatusCode::UNAVAILABLE, "dropped".to_owned());
+        self.end_streams(&dropped());
+    }
+
+    fn end_streams(&self, status: &RpcStatus) {
         let mut state = self.shared.state.lock();
         for watch in state.vip_watches.drain(..) {
             watch.feed.push(Out::Fail(status.clone()));
@@ -275,6 +284,11 @@ fn configuration(shared: &Arc<Shared>) -> Service {
     let watch = move |context: RpcContext<'_>, request: Vip, sink| {
         let feed = Feed::new();
         let mut state = nsp.state.lock();
+        if let Some(status) = state.refusal.clone() {
+            feed.push(Out::Fail(status));
+            context.spawn(stream(feed, sink));
+            return;
+        }
         let first = if state.begins_empty {
             VipResponse::default()
         } else {

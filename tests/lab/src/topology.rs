@@ -34,9 +34,11 @@ use crate::veth::VethDatapath;
 use crate::workdir::WorkDir;
 
 mod options;
+mod peers;
 mod waits;
 
 pub use options::TopologyOptions;
+pub use peers::Peer;
 
 /// How long one change may take until it is seen in the kernel.
 pub const LIMIT: Duration = Duration::from_secs(20);

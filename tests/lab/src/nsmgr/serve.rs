@@ -143,7 +143,8 @@ where
         detach("lab-call", move || {
             let late = || RpcError::status(Code::DEADLINE_EXCEEDED, "held back by the test");
             let mut result = if inner.gate.pass(call.deadline) && ticket.wait(call.deadline) {
-                run(&inner, &call, request)
+                let admitted = inner.troubles.admit(what, call.deadline);
+                admitted.and_then(|()| run(&inner, &call, request))
             } else {
                 Err(late())
             };
@@ -202,8 +203,10 @@ where
         method,
         move |context: RpcContext<'_>, request, sink: ServerStreamingSink<Resp>| {
             let Some(inner) = inner.upgrade() else { return };
-            let opened =
-                incoming(&inner, &context, false).and_then(|call| open(&inner, &call, request));
+            let opened = incoming(&inner, &context, false).and_then(|call| {
+                inner.troubles.admit_stream(what)?;
+                open(&inner, &call, request)
+            });
             match opened {
                 Ok(outbox) => {
                     let mut spoilt = Resp::new();
