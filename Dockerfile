@@ -25,8 +25,9 @@ COPY --from=build /src/target/release/proxy /home/meridio/proxy
 # The exec probes of the deployment call this name.
 RUN ln -s /home/meridio/proxy /bin/grpc_health_probe \
     # Permitted, not effective: the program also starts where NET_ADMIN is
-    # missing, and then says so instead of failing to execute.
-    && setcap cap_net_admin+p /home/meridio/proxy \
+    # missing, and then says so instead of failing to execute. NET_RAW is for
+    # announcing targets' addresses, and may be missing.
+    && setcap cap_net_admin,cap_net_raw+p /home/meridio/proxy \
     && apt-get purge -y libcap2-bin && apt-get autoremove -y && rm -rf /var/lib/apt/lists/*
 USER 10005:10005
 WORKDIR /home/meridio

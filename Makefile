@@ -22,7 +22,11 @@ build: deps ## Build the daemon, the lab and all tests
 
 .PHONY: test
 test: build ## Run every test; fails where network namespaces are denied
-	scripts/netns-run.sh $(CARGO) test $(CARGO_FLAGS) --workspace
+	scripts/check-compat.sh scripts/netns-run.sh $(CARGO) test $(CARGO_FLAGS) --workspace
+
+.PHONY: mutate
+mutate: deps ## Break the code for ten MUSTs of docs/compat.md; their tests must fail
+	CARGO="$(CARGO)" CARGO_FLAGS="$(CARGO_FLAGS)" scripts/mutate.sh
 
 .PHONY: demo
 demo: deps ## Bring up targets, load balancers and the daemon, send traffic, report

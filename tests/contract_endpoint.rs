@@ -29,13 +29,14 @@ use meridio_proxy::rpc::pump::Item;
 use meridio_proxy::rpc::status::Code;
 use meridio_proxy::spiffe::jwt::{self};
 use meridio_proxy::sync::clock;
+use meridio_proxy::sync::stop::stop_pair;
 use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use forwarder::{Forwarder, event};
-use world::{Asked, HOUR, SERVICE, World, soon};
+use world::{Asked, HOUR, Ipam, SERVICE, World, soon};
 
 #[test]
 fn registers_the_service_then_the_endpoint_and_leaves_once() {
@@ -80,6 +81,28 @@ fn registers_the_service_then_the_endpoint_and_leaves_once() {
         !socket.parent().unwrap().exists(),
         "the socket goes with its directory"
     );
+}
+
+#[test]
+fn nothing_is_registered_before_the_bridge_has_its_addresses() {
+    for comes in [true, false] {
+        let ipam = Ipam::default();
+        *ipam.unaddressed.lock() = Some(stop_pair());
+        let mut world = World::with_ipam(ipam, |_| {});
+        let early = world.asked.recv_timeout(Duration::from_millis(500));
+        assert!(early.is_err(), "{early:?}");
+        if comes {
+            world.ipam.unaddressed.lock().take();
+            world.registered();
+        } else {
+            // A stop meanwhile has nothing to take back, and waits for nothing.
+            let mut endpoint = world.endpoint.take().unwrap();
+            let begun = clock::now();
+            let late = endpoint.unregister(begun + Duration::from_secs(3));
+            assert!(late.is_empty() && begun.elapsed() < Duration::from_secs(1));
+            assert!(world.asked.is_empty());
+        }
+    }
 }
 
 #[test]

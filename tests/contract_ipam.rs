@@ -266,7 +266,10 @@ fn a_late_ipam_is_waited_for() {
     let early = bench.ask("early", Duration::from_millis(500));
     let patient = bench.ask("patient", secs(20));
     assert!(matches!(early.recv().unwrap(), Err(IpamError::Deadline(_))));
+    let addressed = bench.ipam().addressed();
+    assert!(!addressed.is_set());
     bench.serve();
+    assert!(addressed.wait(secs(20)));
     patient.recv().unwrap().unwrap();
     bench.bridge();
 }

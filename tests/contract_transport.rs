@@ -2,6 +2,8 @@
 //! hostile peers, rotation, reconnection, and bounded ends.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "transport/lines.rs"]
+mod lines;
 #[path = "transport/rig.rs"]
 mod rig;
 #[path = "transport/tap.rs"]
@@ -11,6 +13,8 @@ mod tap;
 mod calls;
 #[path = "transport/descriptors.rs"]
 mod descriptors;
+#[path = "transport/dialling.rs"]
+mod dialling;
 #[path = "transport/endings.rs"]
 mod endings;
 #[path = "transport/hostile.rs"]

@@ -8,10 +8,20 @@
     reason = "helpers of tests end by panicking too"
 )]
 
+#[path = "e2e/bad_days.rs"]
+mod bad_days;
 #[path = "e2e/changes.rs"]
 mod changes;
+#[path = "e2e/descriptors.rs"]
+mod descriptors;
 #[path = "e2e/hostile.rs"]
 mod hostile;
+#[path = "e2e/hostile_addresses.rs"]
+mod hostile_addresses;
+#[path = "e2e/hostile_answers.rs"]
+mod hostile_answers;
+#[path = "e2e/hostile_bytes.rs"]
+mod hostile_bytes;
 #[path = "e2e/life.rs"]
 mod life;
 #[path = "e2e/outages.rs"]

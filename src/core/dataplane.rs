@@ -10,6 +10,7 @@ use std::time::Instant;
 use ipnetwork::IpNetwork;
 
 use super::adoption::Adoption;
+use super::announce::Behind;
 use super::desired::{Desired, HopRefusal, PortIntent, RouteIntent, Warning};
 use super::event::Event;
 use super::family::{Family, IpFamilies, PerFamily};
@@ -381,6 +382,39 @@ impl Dataplane {
             Some(prefix) => Err(HopRefusal::NoHost(*prefix)),
             None => Ok(true),
         }
+    }
+
+    /// Where the addresses on the bridge are that others may know under
+    /// another hardware address: its own, and those leased to targets behind
+    /// ports that carry. One that an LB has as well is in doubt and left out.
+    #[must_use]
+    pub fn announced(&self, observed: &Observed) -> BTreeMap<IpAddr, Behind> {
+        let Some(bridge) = observed.bridge().map(|link| link.index) else {
+            return BTreeMap::new();
+        };
+        let of_lbs: BTreeSet<&IpAddr> = self.lbs().flat_map(|(_, port)| &port.peers).collect();
+        let mut leased: BTreeMap<IpAddr, BTreeSet<IfIndex>> = BTreeMap::new();
+        for (key, port) in &self.ports {
+            let link = observed
+                .named(&port.ifname)
+                .filter(|link| link.master == Some(bridge) && link.up && link.carrier);
+            let (PortKey::Target(_), Some(link)) = (key, link) else {
+                continue;
+            };
+            for peer in port.peers.iter().filter(|peer| !of_lbs.contains(peer)) {
+                if self.hop(*peer, observed) == Ok(true) {
+                    leased.entry(*peer).or_default().insert(link.index);
+                }
+            }
+        }
+        let own = self.prefixes.values().filter(|prefix| {
+            self.families.has((**prefix).into()) && observed.addresses.contains(&(bridge, **prefix))
+        });
+        let targets = leased
+            .into_iter()
+            .map(|(peer, at)| (peer, Behind::Ports(at)));
+        let own = own.map(|prefix| (prefix.ip(), Behind::Bridge));
+        targets.chain(own).collect()
     }
 
     fn rule_sources(

@@ -7,6 +7,7 @@
 //! same inputs always give the same outputs.
 
 mod adoption;
+pub mod announce;
 pub mod dataplane;
 pub mod desired;
 pub mod event;

@@ -202,7 +202,9 @@ impl Observed {
             }
             KernelOp::Attach { port, bridge } => self.set_master(port, Some(*bridge)),
             KernelOp::Detach { port } => self.set_master(port, None),
-            KernelOp::NoOwnLinkLocal { .. } | KernelOp::ForgetNeighbour { .. } => {}
+            KernelOp::NoOwnLinkLocal { .. }
+            | KernelOp::ForgetNeighbour { .. }
+            | KernelOp::AskNeighbour { .. } => {}
             KernelOp::Unreachable { family } => {
                 self.routes
                     .get_mut(*family)

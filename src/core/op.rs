@@ -84,6 +84,14 @@ pub enum KernelOp {
         /// The neighbour.
         address: IpAddr,
     },
+    /// Makes the kernel ask who has an address, as if there were a packet for
+    /// it (`NTF_USE`): the answer teaches the bridge, too.
+    AskNeighbour {
+        /// The bridge.
+        bridge: IfIndex,
+        /// The neighbour.
+        address: IpAddr,
+    },
     /// The unreachable default route of the worst metric.
     Unreachable {
         /// Its family.
@@ -167,6 +175,13 @@ impl fmt::Display for KernelOp {
             Self::ForgetNeighbour { address, .. } => {
                 write!(f, "{} neigh del {address} dev {BRIDGE}", of(*address))
             }
+            Self::AskNeighbour { address, .. } => {
+                write!(
+                    f,
+                    "{} neigh replace {address} dev {BRIDGE} use",
+                    of(*address)
+                )
+            }
             Self::Unreachable { family } => write!(
                 f,
                 "{} route replace unreachable default table {TABLE} metric {FALLBACK_METRIC} proto {PROTOCOL}",
@@ -196,20 +211,22 @@ impl fmt::Display for KernelOp {
                 "{} rule add from {source} priority {priority} lookup {TABLE} protocol {PROTOCOL}",
                 of(source.ip())
             ),
-            Self::DeleteRule(rule) => {
-                write!(
-                    f,
-                    "{} rule del from {} priority {} protocol {}",
-                    ip(rule.family()),
-                    rule.source,
-                    rule.priority,
-                    rule.protocol
-                )?;
-                if rule.plain {
-                    write!(f, " lookup {TABLE}")?;
-                }
-                Ok(())
-            }
+            Self::DeleteRule(rule) => delete_rule(rule, f),
         }
     }
+}
+
+fn delete_rule(rule: &Rule, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    write!(
+        f,
+        "{} rule del from {} priority {} protocol {}",
+        ip(rule.family()),
+        rule.source,
+        rule.priority,
+        rule.protocol
+    )?;
+    if rule.plain {
+        write!(f, " lookup {TABLE}")?;
+    }
+    Ok(())
 }

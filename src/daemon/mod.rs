@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::logging::{self, Levels, Logging};
 use crate::sync::clock;
 use crate::sync::thread::{ThreadEnded, Threads};
+use crate::transport::descriptors;
 use parts::Parts;
 use shutdown::STAGES;
 
@@ -113,6 +114,7 @@ pub fn run(config: &Config) -> u8 {
     for warning in config.warnings() {
         warn!("{warning}");
     }
+    descriptors::raise_limit();
     let cause = supervise(config, &threads, ended, logging.levels());
     info!("Proxy shutting done");
     logging.finish(LAST_LIMIT);

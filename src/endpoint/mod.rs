@@ -91,7 +91,9 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens, then registers the network service and the endpoint.
+    /// Listens, then registers the network service and the endpoint as soon as
+    /// the bridge has its addresses: a target that came before could not be
+    /// answered (Meridio registers after `NewProxy`, cmd/proxy/main.go).
     ///
     /// # Errors
     ///
@@ -125,6 +127,7 @@ impl Endpoint {
         let socket = socket_path(&options, &mut random()?)?;
         let peers = PeerTable::default();
         let (queue, woken) = JobQueue::new();
+        let addressed = leases.addressed();
         let services = service::services(&Handlers {
             queue: Arc::clone(&queue),
             peers: peers.clone(),
@@ -161,7 +164,7 @@ impl Endpoint {
         let register = registrar.and_then(|registrar| {
             threads
                 .spawn("nse-register", STACK_SMALL, move |stop| {
-                    registrar.run(leaving, &stop);
+                    registrar.run(&addressed, leaving, &stop);
                 })
                 .map_err(|error| failed("starting thread nse-register", &error))
         });

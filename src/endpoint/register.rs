@@ -73,7 +73,7 @@ pub struct Registrar {
 }
 
 impl Registrar {
-    /// Registers as soon as it runs.
+    /// Nothing is registered yet.
     #[must_use]
     pub fn new(caller: NsmCaller, entry: Entry, random: Box<dyn Random>) -> Self {
         Self {
@@ -87,10 +87,14 @@ impl Registrar {
         }
     }
 
-    /// Runs until stopped.
-    pub fn run(mut self, leaving: Leaving, stop: &Stop) {
+    /// Registers once `addressed` is set, and runs until stopped.
+    pub fn run(mut self, addressed: &Stop, leaving: Leaving, stop: &Stop) {
         let Leaving { leave, by, left } = leaving;
-        self.keep(&leave, stop);
+        select! {
+            recv(addressed.receiver()) -> _ => self.keep(&leave, stop),
+            recv(leave.receiver()) -> _ => {}
+            recv(stop.receiver()) -> _ => {}
+        }
         self.watch = None;
         if let Ok(deadline) = by.try_recv() {
             self.unregister(deadline, stop);

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
+
 use super::IpamOptions;
 use super::convert;
 use crate::core::lease::{Failure, IpamCall, Verb};
+use crate::proto::ipam::Prefix;
 use crate::rpc::call::{self, CancelGuard, Options};
 use crate::rpc::method;
 use crate::rpc::status::{Code, RpcError};
@@ -20,7 +23,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 #[derive(Debug)]
 pub(super) enum Outcome {
     /// An Allocate; the address as IPAM gave it.
-    Allocated(Result<ipnetwork::IpNetwork, Failure<RpcError>>),
+    Allocated(Result<IpNetwork, Failure<RpcError>>),
     /// A Release.
     Released(Result<(), Failure<RpcError>>),
 }
@@ -86,10 +89,7 @@ impl Client {
             Verb::Allocate => {
                 let asked = call.clone();
                 let done = move |result: Result<call::Reply<_>, RpcError>| {
-                    let address = result.map_err(failure).and_then(|reply| {
-                        convert::address(&asked, &reply.message).map_err(Failure::Unusable)
-                    });
-                    done(Outcome::Allocated(address));
+                    done(Outcome::Allocated(allocated(&asked, result)));
                 };
                 call::start(channel, &method::IPAM_ALLOCATE, &request, &options, done)
             }
@@ -104,6 +104,19 @@ impl Client {
             _guard: guard,
             _connection: connection,
         }
+    }
+}
+
+/// The address that an Allocate brought. An answer that cannot be decoded is
+/// an answer all the same: IPAM has executed the call.
+fn allocated(
+    call: &IpamCall,
+    result: Result<call::Reply<Prefix>, RpcError>,
+) -> Result<IpNetwork, Failure<RpcError>> {
+    match result {
+        Ok(reply) => convert::address(call, &reply.message).map_err(Failure::Unusable),
+        Err(error @ RpcError::Undecodable(_)) => Err(Failure::Unusable(format!("{call}: {error}"))),
+        Err(error) => Err(failure(error)),
     }
 }
 

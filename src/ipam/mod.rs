@@ -47,6 +47,7 @@ pub struct IpamHandle {
     // connection must not overtake each other.
     commands: Sender<Command>,
     queued: Arc<AtomicUsize>,
+    addressed: Stop,
     ended: Stop,
     // A queue drops what is in it when its last sender is gone, not when its
     // reader is: what comes after the end of the thread is taken out here.
@@ -78,6 +79,13 @@ impl IpamHandle {
             }
         }
         self.drain_after_end();
+    }
+
+    /// Set once the bridge has its address in every configured family, or the
+    /// thread has ended.
+    #[must_use]
+    pub fn addressed(&self) -> Stop {
+        self.addressed.clone()
     }
 
     /// [`IpamHandle::acquire`] for a thread that has nothing else to do.
@@ -201,16 +209,18 @@ impl Ipam {
     ) -> std::io::Result<Self> {
         let (commands, receiver) = bounded(REQUESTS_MAX + RELEASES_MAX);
         let queued = Arc::new(AtomicUsize::new(0));
+        let (first_addresses, addressed) = stop_pair();
         let (end, ended) = stop_pair();
         let handle = IpamHandle {
             commands,
             queued: Arc::clone(&queued),
+            addressed,
             ended,
             queue: receiver.clone(),
         };
         let thread = threads.spawn("ipam", STACK_SMALL, move |stop| {
             let queue = (receiver.clone(), queued);
-            Worker::new(connector, net, options, queue).run(&stop);
+            Worker::new(connector, net, options, queue, first_addresses).run(&stop);
             end.stop();
             drain(&receiver);
         })?;
@@ -255,6 +265,7 @@ mod tests {
         let handle = IpamHandle {
             commands,
             queued: Arc::new(AtomicUsize::new(0)),
+            addressed: stop_pair().1,
             ended,
             queue,
         };

@@ -17,7 +17,7 @@ use crate::core::lease::{Action, IpamCall, LeaseBook, LeaseSettings};
 use crate::kernel::NetHandle;
 use crate::rpc::status::RpcError;
 use crate::sync::clock;
-use crate::sync::stop::Stop;
+use crate::sync::stop::{Stop, Stopper};
 use crate::transport::client::Connector;
 
 /// Calls that are in flight at the same time; the others wait for their turn
@@ -84,6 +84,8 @@ pub(super) struct Worker {
     book: LeaseBook<RpcError>,
     client: Client,
     net: NetHandle,
+    /// Dropped when the bridge has its first addresses.
+    first_addresses: Option<Stopper>,
     commands: Receiver<Command>,
     /// How many acquires are in `commands`.
     queued: Arc<AtomicUsize>,
@@ -102,6 +104,7 @@ impl Worker {
         net: NetHandle,
         options: IpamOptions,
         (commands, queued): (Receiver<Command>, Arc<AtomicUsize>),
+        first_addresses: Stopper,
     ) -> Self {
         let settings = LeaseSettings {
             families: options.families,
@@ -112,6 +115,7 @@ impl Worker {
             book: LeaseBook::new(settings, clock::now()),
             client: Client::new(connector, options),
             net,
+            first_addresses: Some(first_addresses),
             commands,
             queued,
             done: bounded(CALLS_MAX),
@@ -200,6 +204,7 @@ impl Worker {
                     let event = Event::BridgePrefixes(prefixes);
                     info!("{event}");
                     self.net.tell(event);
+                    self.first_addresses = None;
                 }
                 Action::Log(note) if note.is_problem => warn!("{}", note.text),
                 Action::Log(note) => info!("{}", note.text),

@@ -60,6 +60,7 @@ impl OpError {
             KernelOp::BridgeUp { .. }
             | KernelOp::NoOwnLinkLocal { .. }
             | KernelOp::Attach { .. }
+            | KernelOp::AskNeighbour { .. }
             | KernelOp::Unreachable { .. }
             | KernelOp::ReplaceRoute { .. }
             | KernelOp::AddRule { .. } => false,

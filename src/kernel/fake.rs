@@ -3,13 +3,16 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 
 use ipnetwork::IpNetwork;
 
 use super::Rtnl;
+use super::announce::Mac;
 use super::error::{KernelError, OpError};
+use crate::core::announce::Behind;
 use crate::core::family::{Family, PerFamily};
 use crate::core::ids::{IfIndex, IfName};
 use crate::core::observed::{Link, LinkFact, Observed, RouteKind, Rule};
@@ -46,6 +49,10 @@ pub struct State {
     pub fault: Option<Fault>,
     /// Cannot be read.
     pub blind: bool,
+    /// Who answers for an address, and behind which port.
+    pub answers: BTreeMap<IpAddr, (IfIndex, Mac)>,
+    /// All frames sent.
+    pub sent: Vec<Vec<u8>>,
     last_index: u32,
 }
 
@@ -80,6 +87,29 @@ impl Rtnl for Fake {
         assert!(order.is_sorted(), "order of {ops:?}");
         self.with(|state| ops.iter().map(|op| state.execute(op)).collect())
     }
+
+    fn hardware_address(
+        &mut self,
+        _bridge: IfIndex,
+        address: IpAddr,
+        behind: &Behind,
+    ) -> Result<Option<Mac>, KernelError> {
+        self.with(|state| {
+            Ok(match behind {
+                Behind::Bridge => Some([2, 0, 0, 0, 0, 1]),
+                Behind::Ports(ports) => state
+                    .answers
+                    .get(&address)
+                    .filter(|(port, _)| ports.contains(port))
+                    .map(|(_, mac)| *mac),
+            })
+        })
+    }
+
+    fn send(&mut self, _bridge: IfIndex, frame: &[u8]) -> io::Result<bool> {
+        self.with(|state| state.sent.push(frame.to_vec()));
+        Ok(true)
+    }
 }
 
 /// Where an operation belongs in a list: ARCHITECTURE.md, "How the kernel is
@@ -92,7 +122,7 @@ fn place(op: &KernelOp) -> Option<(u32, i64)> {
         | KernelOp::NoOwnLinkLocal { .. } => (0, 0),
         KernelOp::AddAddress { .. } => (1, 0),
         KernelOp::Attach { .. } => (2, 0),
-        KernelOp::ForgetNeighbour { .. } => (3, 0),
+        KernelOp::ForgetNeighbour { .. } | KernelOp::AskNeighbour { .. } => (3, 0),
         KernelOp::Unreachable { .. } | KernelOp::ReplaceRoute { .. } => (4, 0),
         KernelOp::AddRule { source, priority } => {
             let list = if source.is_ipv4() { 0 } else { 100_000 };
@@ -155,6 +185,9 @@ impl State {
                 self.named_mut(port.as_str()).ok_or(libc::ENODEV)?.master = None;
             }
             KernelOp::ForgetNeighbour { .. } => return Err(libc::ENOENT),
+            KernelOp::AskNeighbour { bridge, .. } => {
+                self.links.get(bridge).ok_or(libc::ENODEV)?;
+            }
             KernelOp::Unreachable { family } => {
                 self.routes
                     .get_mut(*family)

@@ -1,12 +1,14 @@
 //! The one owner of kernel state: thread `net`, told by everybody, and thread
 //! `link-monitor`, which tells it of what others change in the kernel.
 
+pub mod announce;
 pub mod capability;
 pub mod error;
 #[cfg(test)]
 mod fake;
 mod monitor;
 pub mod netlink;
+pub mod packet;
 #[cfg(test)]
 mod properties;
 pub mod report;
@@ -16,20 +18,25 @@ mod worker;
 #[cfg(test)]
 mod worker_tests;
 
+use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use log::{info, warn};
 
+use self::announce::Mac;
 use self::error::OpError;
 use self::netlink::Netlink;
 use self::netlink::socket::{EventSocket, PATIENCE, RequestSocket};
+use self::packet::PacketSocket;
 use self::worker::Net;
+use crate::core::announce::Behind;
 use crate::core::dataplane::Dataplane;
 use crate::core::event::Event;
 use crate::core::family::IpFamilies;
-use crate::core::ids::IfName;
+use crate::core::ids::{IfIndex, IfName};
 use crate::core::observed::{Link, LinkFact, Observed};
 use crate::core::op::KernelOp;
 use crate::health::{HealthCell, SubService};
@@ -99,6 +106,28 @@ pub trait Rtnl {
     /// Does the operations in order, each whether or not the one before was
     /// done; an outcome for each.
     fn apply(&mut self, ops: &[KernelOp]) -> Vec<Result<(), OpError>>;
+
+    /// The hardware address that has an address on the bridge, if it is where
+    /// `behind` says: who answers for an address from another port does not
+    /// have its lease.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked.
+    fn hardware_address(
+        &mut self,
+        bridge: IfIndex,
+        address: IpAddr,
+        behind: &Behind,
+    ) -> Result<Option<Mac>, KernelError>;
+
+    /// Sends a frame out of the bridge without waiting. False where that is
+    /// not permitted.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    fn send(&mut self, bridge: IfIndex, frame: &[u8]) -> io::Result<bool>;
 }
 
 /// Told whether an LB is connected, and why that is believed.
@@ -257,7 +286,9 @@ fn open(
     options: KernelOptions,
     egress: EgressSink,
 ) -> Result<(Net<Netlink>, Started), KernelError> {
-    if !capability::raise_net_admin().map_err(|error| KernelError::io("CAP_NET_ADMIN", &error))? {
+    let permitted = capability::raise(capability::NET_ADMIN)
+        .map_err(|error| KernelError::io("CAP_NET_ADMIN", &error))?;
+    if !permitted {
         return Err(KernelError(
             "CAP_NET_ADMIN is not permitted to this process, so it cannot set up the bridge; \
              add NET_ADMIN to the container's capabilities"
@@ -265,7 +296,7 @@ fn open(
         ));
     }
     let events = EventSocket::open()?;
-    let mut netlink = Netlink::new(RequestSocket::open()?);
+    let mut netlink = Netlink::new(RequestSocket::open()?).with_packets(packets());
     let own_port = netlink.port();
     let observed = netlink.snapshot()?;
     info!(
@@ -276,4 +307,20 @@ fn open(
     let dataplane = Dataplane::new(options.families, options.bridge_mac);
     let net = Net::new(netlink, dataplane, observed, egress, clock::now());
     Ok((net, Started { events, own_port }))
+}
+
+/// The socket for announcements. It takes a capability that the deployment may
+/// not give, so its lack is no failure; nothing but this call needs it.
+fn packets() -> Option<PacketSocket> {
+    let opened = capability::raise(capability::NET_RAW).and_then(|_| PacketSocket::open());
+    let _ = capability::drop(capability::NET_RAW);
+    opened
+        .inspect_err(|error| {
+            info!(
+                "addresses of targets are not announced on the bridge: {error}; where a target \
+                 comes back with another hardware address, load balancers may lose packets to it \
+                 for up to a minute; add NET_RAW to the container's capabilities"
+            );
+        })
+        .ok()
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, select};
 use log::{debug, error, info, warn};
 
+use super::announce::Announcer;
 use super::error::{KernelError, OpError};
 use super::{EgressSink, NetMsg, Rtnl, said};
 use crate::core::dataplane::Dataplane;
@@ -85,6 +86,7 @@ pub struct Net<K> {
     warned: BTreeSet<Warning>,
     /// The failure of the last dump, as logged.
     blind: Option<String>,
+    announcer: Announcer,
 }
 
 impl<K: Rtnl> Net<K> {
@@ -111,6 +113,7 @@ impl<K: Rtnl> Net<K> {
             refused: BTreeMap::new(),
             warned: BTreeSet::new(),
             blind: None,
+            announcer: Announcer::default(),
         }
     }
 
@@ -154,6 +157,7 @@ impl<K: Rtnl> Net<K> {
             self.resync_at,
             self.retry_at,
             self.dataplane.next_deadline(),
+            self.announcer.next_deadline(),
         ]
         .into_iter()
         .flatten()
@@ -181,6 +185,11 @@ impl<K: Rtnl> Net<K> {
             self.retry_delay = RETRY.0;
         }
         self.tell_egress();
+        // Last, so that nothing waits for it.
+        if let Some(bridge) = self.observed.bridge().map(|link| link.index) {
+            let found = self.dataplane.announced(&self.observed);
+            self.announcer.turn(&mut self.kernel, bridge, found, now);
+        }
     }
 
     /// Operations, round after round, until nothing is left to do that did not
@@ -236,7 +245,8 @@ impl<K: Rtnl> Net<K> {
             match op {
                 KernelOp::AddRule { .. }
                 | KernelOp::DeleteRule(_)
-                | KernelOp::ForgetNeighbour { .. } => debug!("done: {op}"),
+                | KernelOp::ForgetNeighbour { .. }
+                | KernelOp::AskNeighbour { .. } => debug!("done: {op}"),
                 _ => info!("done: {op}"),
             }
         }

@@ -12,7 +12,7 @@ use super::{NetMsg, Rtnl};
 use crate::core::dataplane::Dataplane;
 use crate::core::event::Event;
 use crate::core::family::{Family, IpFamilies, PerFamily};
-use crate::core::ids::{EndpointName, IfName, PortKey};
+use crate::core::ids::{EndpointName, IfName, PortKey, SegmentId};
 use crate::core::observed::{LinkFact, RouteKind};
 use crate::core::op::{BRIDGE, KernelOp};
 use crate::sync::clock;
@@ -46,7 +46,15 @@ impl World {
             v4: Some("172.16.0.1/24".parse().unwrap()),
             v6: None,
         }));
+        world.announced();
         world
+    }
+
+    /// Until the addresses on the bridge have been announced.
+    fn announced(&mut self) {
+        while self.net.next_deadline() < self.now + FULL / 2 {
+            self.tick();
+        }
     }
 
     fn take(&mut self, message: NetMsg) {
@@ -235,12 +243,15 @@ fn restarted(world: &World, change: impl FnOnce(&mut super::fake::State)) -> Wor
         v6: None,
     }));
     let sink = Box::new(|_, _: &str| ());
-    World {
+    let mut world = World {
         net: Net::new(world.kernel.clone(), dataplane, observed, sink, world.now),
         kernel: world.kernel.clone(),
         egress: Arc::default(),
         now: world.now,
-    }
+    };
+    world.net.turn(world.now);
+    world.announced();
+    world
 }
 
 #[test]
@@ -274,6 +285,83 @@ fn a_predecessor_s_hops_wait_for_their_lbs_but_not_for_ever() {
     });
     world.lb("b", "if2", "172.16.0.6");
     assert_eq!(world.hops(), 1);
+}
+
+fn target(world: &mut World, id: &str, ifname: &str, peers: &[&str]) {
+    world.fact(Event::PortExpected {
+        key: PortKey::Target(SegmentId::new(id)),
+        ifname: IfName::parse(ifname).unwrap(),
+        peers: peers.iter().map(|peer| peer.parse().unwrap()).collect(),
+    });
+}
+
+/// The sender's IP and hardware address of what was sent since the last call.
+fn announcements(world: &World) -> Vec<(Vec<u8>, Vec<u8>)> {
+    world.kernel.with(|state| {
+        let sent = std::mem::take(&mut state.sent);
+        let of = |frame: Vec<u8>| (frame[28..32].to_vec(), frame[22..28].to_vec());
+        sent.into_iter().map(of).collect()
+    })
+}
+
+fn answer(world: &World, address: &str, ifname: &str, mac: u8) {
+    world.kernel.with(|state| {
+        let port = state.named(ifname).unwrap().index;
+        let answer = (port, [2, 0, 0, 0, 0, mac]);
+        state.answers.insert(address.parse().unwrap(), answer);
+    });
+}
+
+#[test]
+fn a_target_s_address_is_announced_with_what_it_answered() {
+    let mut world = World::new();
+    let own = (vec![172, 16, 0, 1], vec![2, 0, 0, 0, 0, 1]);
+    assert_eq!(announcements(&world), [own.clone(), own.clone(), own]);
+    world.link("if1");
+    target(&mut world, "t", "if1", &["172.16.0.9"]);
+    answer(&world, "172.16.0.9", "if1", 9);
+    world.announced();
+    let told = (vec![172, 16, 0, 9], vec![2, 0, 0, 0, 0, 9]);
+    assert_eq!(announcements(&world), vec![told.clone(); 3]);
+    // A refresh is no news; a new interface of the same name is.
+    target(&mut world, "t", "if1", &["172.16.0.9"]);
+    world.announced();
+    assert_eq!(announcements(&world), []);
+    let gone = world.kernel.with(|state| state.delete_link("if1")).unwrap();
+    world.take(NetMsg::Link(gone));
+    world.net.turn(world.now);
+    world.link("if1");
+    answer(&world, "172.16.0.9", "if1", 10);
+    world.announced();
+    let told = (vec![172, 16, 0, 9], vec![2, 0, 0, 0, 0, 10]);
+    assert_eq!(announcements(&world), vec![told; 3]);
+}
+
+#[test]
+fn nothing_is_announced_for_who_has_no_lease_of_it() {
+    let mut world = World::new();
+    announcements(&world);
+    for ifname in ["if1", "if2", "if3"] {
+        world.link(ifname);
+    }
+    world.lb("lb", "if3", "172.16.0.5");
+    target(&mut world, "a", "if1", &["172.16.0.9"]);
+    // The bridge's own address, an LB's, what is no host's, what is outside.
+    let others = ["172.16.0.1", "172.16.0.5", "172.16.0.255", "10.0.0.1"];
+    target(&mut world, "b", "if2", &others);
+    for address in others.into_iter().chain(["172.16.0.9"]) {
+        answer(&world, address, "if2", 66);
+    }
+    world.announced();
+    assert_eq!(announcements(&world), []);
+    let asked = world.kernel.with(|state| {
+        let asked = |op: &KernelOp| match op {
+            KernelOp::AskNeighbour { address, .. } => Some(address.to_string()),
+            _ => None,
+        };
+        state.done.iter().filter_map(asked).collect::<Vec<_>>()
+    });
+    assert_eq!(asked, ["172.16.0.9"; 7]);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crossbeam_channel::select;
-use log::{debug, info};
+use log::{debug, info, warn};
 
 use super::caller::NsmCaller;
 use super::client::Nsmgr;
@@ -50,13 +50,24 @@ fn run<N: Nsmgr>(nsmgr: &N, name: &str, stop: &Stop) {
         }],
         ..MonitorScopeSelector::default()
     };
+    let mut is_garbled = false;
     loop {
         match nsmgr.monitor(&selector, clock::now() + OPEN_TIMEOUT, stop) {
             Ok(stream) => loop {
                 select! {
                     recv(stream.items()) -> item => match item {
                         Ok(Item::Message(event)) => write(&event),
+                        Ok(Item::Ended(Err(error))) if error.is_undecodable() => {
+                            if !std::mem::replace(&mut is_garbled, true) {
+                                warn!(
+                                    "nsmgr's stream of connection events is given up: {error}; \
+                                     it is opened again every {REOPEN_PAUSE:?}"
+                                );
+                            }
+                            break;
+                        }
                         Ok(Item::Ended(Err(error))) => {
+                            is_garbled = false;
                             debug!("stream of connection events over: {error}");
                             break;
                         }

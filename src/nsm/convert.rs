@@ -1,6 +1,7 @@
 //! Between nsmgr's messages and what the sessions and the mesh work with.
 
 use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::time::SystemTime;
 
@@ -262,7 +263,11 @@ fn interface(connection: &Connection) -> Result<IfName, Unusable> {
     }
     let name = mechanism.parameters.get(PARAMETER_NAME);
     let name = name.ok_or_else(|| Unusable::Mechanism("has no interface name".to_owned()))?;
-    IfName::parse(name).map_err(|error| Unusable::Mechanism(error.to_string()))
+    let name = IfName::parse(name).map_err(|error| Unusable::Mechanism(error.to_string()))?;
+    if name.is_the_pods() {
+        return Err(Unusable::Mechanism(format!("has the pod's own {name}")));
+    }
+    Ok(name)
 }
 
 fn parse(text: &str) -> Result<IpNetwork, Unusable> {
@@ -279,7 +284,9 @@ fn peers(texts: &[String], addresses: &Addresses) -> Result<BTreeSet<IpAddr>, Un
     for text in texts {
         let peer = parse(text)?.ip();
         let lease = addresses.leases.get(Family::from(peer)).as_ref();
-        if !lease.is_some_and(|lease| is_neighbour(peer, lease)) {
+        let bridge = addresses.bridge.get(Family::from(peer));
+        let is_the_bridge = bridge.is_some_and(|own| own.ip() == peer);
+        if is_the_bridge || !lease.is_some_and(|lease| is_neighbour(peer, lease)) {
             return Err(Unusable::ForeignAddress(text.clone()));
         }
         peers.insert(peer);
@@ -323,6 +330,13 @@ pub(super) fn sighting(
         return None;
     }
     let expires = endpoint.expiration_time.as_ref().and_then(path::time);
+    let registered = endpoint.initial_registration_time.as_ref();
+    let mut incarnation = DefaultHasher::new();
+    (
+        endpoint.url.as_str(),
+        registered.map(|at| (at.seconds, at.nanos)),
+    )
+        .hash(&mut incarnation);
     Some(Sighting {
         name: endpoint.name,
         expires: expires.map(|told| Expiry {
@@ -330,6 +344,7 @@ pub(super) fn sighting(
             at: path::monotonic(told, now),
         }),
         deleted: response.deleted,
+        incarnation: incarnation.finish(),
     })
 }
 

@@ -18,7 +18,7 @@ pub enum Unusable {
     /// An address cannot be read.
     Address(String),
     /// An address is no neighbour of the port's: outside of the node's subnet,
-    /// of a family that is not used, or the port's own.
+    /// of a family that is not used, or the port's or the bridge's own.
     ForeignAddress(String),
     /// The peer has this many addresses.
     TooMany(usize),

@@ -38,6 +38,7 @@ const FRUITLESS: u32 = 2;
 const OPEN: &str = "open";
 const WATCH: &str = "watch";
 const LIST: &str = "list";
+const GARBLED: &str = "garbled";
 
 type Answers = Stream<NetworkServiceEndpointResponse>;
 
@@ -46,7 +47,7 @@ pub(super) struct LbWatch<N, L> {
     shared: Shared<N, L>,
     options: LbOptions,
     mesh: Mesh,
-    sessions: BTreeMap<EndpointName, ThreadHandle>,
+    sessions: BTreeMap<EndpointName, Session>,
     ended: (Sender<EndpointName>, Receiver<EndpointName>),
     number: u32,
     watch: Option<Answers>,
@@ -56,6 +57,13 @@ pub(super) struct LbWatch<N, L> {
     refused: BTreeSet<String>,
     /// What was warned of, so that an outage is one warning a cause.
     troubles: Troubles,
+}
+
+/// A session's thread, and the way to tell it that another process has its
+/// endpoint's name.
+struct Session {
+    thread: ThreadHandle,
+    news: Sender<()>,
 }
 
 /// What a turn brought.
@@ -112,8 +120,8 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         self.sessions
             .into_values()
             .map(|mut session| {
-                session.stop();
-                session
+                session.thread.stop();
+                session.thread
             })
             .collect()
     }
@@ -200,7 +208,10 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match ended {
             Some(Item::Ended(Err(error))) => {
                 let what = format!("the registry's stream of LBs ended: {error}");
-                if fruitless < FRUITLESS {
+                if error.is_undecodable() {
+                    // Whatever it brought before.
+                    self.complain(GARBLED, &what);
+                } else if fruitless < FRUITLESS {
                     debug!("{what}");
                 } else {
                     self.complain(WATCH, &what);
@@ -214,7 +225,7 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         match item {
             Some(Item::Message(response)) => self.seen(response),
             Some(Item::Ended(Ok(()))) => {
-                self.well(&[OPEN, LIST]);
+                self.well(&[OPEN, LIST, GARBLED]);
                 self.list = None;
                 for action in self.mesh.listed() {
                     self.act(Some(action));
@@ -251,7 +262,14 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             Some(MeshAction::Disconnect(name, why)) => {
                 info!("LB {name} is gone: {why}");
                 if let Some(session) = self.sessions.get_mut(&name) {
-                    session.stop();
+                    session.thread.stop();
+                }
+            }
+            Some(MeshAction::Replaced(name)) => {
+                info!("LB {name} is registered anew");
+                if let Some(session) = self.sessions.get(&name) {
+                    // One that waits to be read says the same.
+                    let _ = session.news.try_send(());
                 }
             }
             None => {}
@@ -275,7 +293,8 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         };
         let jitter = Jitter::new(ifname::random());
         let session = LbSession::new(name.clone(), jitter, clock::now());
-        let worker = LbWorker::new(self.shared.clone(), template, session);
+        let (news, heard) = bounded(1);
+        let worker = LbWorker::new(self.shared.clone(), template, session, heard);
         let ended = self.ended.0.clone();
         self.number = self.number.wrapping_add(1);
         let thread = format!("lb:{}", self.number);
@@ -286,8 +305,8 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             let _ = ended.try_send(last);
         });
         match started {
-            Ok(session) => {
-                self.sessions.insert(name, session);
+            Ok(thread) => {
+                self.sessions.insert(name, Session { thread, news });
             }
             Err(error) => {
                 log::error!("cannot start {thread} for LB {name}: {error}");

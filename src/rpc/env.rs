@@ -97,3 +97,72 @@ fn key(name: &str) -> CString {
     // Only constants without NUL come here; an empty key would be ignored.
     CString::new(name).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::proto::health::HealthCheckRequest;
+    use crate::rpc::call::Options;
+    use crate::rpc::method::HEALTH_WATCH;
+    use crate::rpc::pump;
+    use crate::sync::clock;
+
+    /// Client preface and frame header (RFC 9113, 3.4 and 4.1).
+    const PREFACE: usize = 24;
+    const HEADER: usize = 9;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+
+    /// The types of the whole frames behind the preface.
+    fn frames(bytes: &[u8]) -> Vec<u8> {
+        let mut rest = bytes.get(PREFACE..).unwrap_or_default();
+        let mut types = Vec::new();
+        while let Some([a, b, c, kind]) = rest.first_chunk() {
+            let length = u32::from_be_bytes([0, *a, *b, *c]);
+            types.push(*kind);
+            let whole = HEADER + usize::try_from(length).unwrap();
+            rest = rest.get(whole..).unwrap_or_default();
+        }
+        types
+    }
+
+    /// grpc-go's servers end a connection that is pinged more often than every
+    /// five minutes (google.golang.org/grpc/keepalive, `EnforcementPolicy`), so
+    /// gRPC must not ping at all: a stream that is silent for seconds would show
+    /// every interval that anybody sets.
+    #[test]
+    fn an_idle_connection_is_not_pinged() {
+        let path = std::env::temp_dir().join(format!("pings-{}.sock", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let channel = Rpc::new()
+            .channel(Duration::from_secs(1))
+            .connect(&format!("unix:{}", path.display()));
+        let (request, options) = (HealthCheckRequest::new(), Options::default());
+        let _stream = pump::open(&channel, &HEALTH_WATCH, &request, &options).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        let _ = std::fs::remove_file(&path);
+        // Empty SETTINGS, and the acknowledgement of the client's.
+        peer.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).unwrap();
+        peer.write_all(&[0, 0, 0, SETTINGS, 1, 0, 0, 0, 0]).unwrap();
+        let until = clock::now() + Duration::from_millis(2500);
+        let mut bytes = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Some(left) = until.checked_duration_since(clock::now()) {
+            let left = left.max(Duration::from_millis(1));
+            peer.set_read_timeout(Some(left)).unwrap();
+            match peer.read(&mut buffer) {
+                Ok(count) => {
+                    assert!(count > 0, "the client has gone");
+                    bytes.extend_from_slice(&buffer[..count]);
+                }
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}"),
+            }
+        }
+        let types = frames(&bytes);
+        assert!(types.contains(&SETTINGS), "{types:?}");
+        assert!(!types.contains(&PING), "{types:?}");
+    }
+}

@@ -36,6 +36,14 @@ pub enum StreamError {
     Lagged,
 }
 
+impl StreamError {
+    /// Whether the peer sent what is no message: no routine end of a stream.
+    #[must_use]
+    pub fn is_undecodable(&self) -> bool {
+        matches!(self, Self::Rpc(RpcError::Undecodable(_)))
+    }
+}
+
 impl std::fmt::Display for StreamError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -17,6 +17,8 @@ pub enum RpcError {
     /// The call was given up because the thread shall stop, or its guard was
     /// dropped.
     Cancelled,
+    /// The peer's message is none: what the decoder says.
+    Undecodable(String),
     /// gRPC refused to start or to carry on the call: the operation and the
     /// text of the library.
     Library(String),
@@ -38,7 +40,7 @@ impl RpcError {
         match self {
             Self::Status { code, .. } => Some(*code),
             Self::Cancelled => Some(Code::CANCELLED),
-            Self::Library(_) => None,
+            Self::Undecodable(_) | Self::Library(_) => None,
         }
     }
 
@@ -56,6 +58,7 @@ impl From<grpcio::Error> for RpcError {
                 code: status.code(),
                 message: status.message().to_owned(),
             },
+            grpcio::Error::Codec(error) => Self::Undecodable(error.to_string()),
             other => Self::Library(other.to_string()),
         }
     }
@@ -69,6 +72,7 @@ impl fmt::Display for RpcError {
                 write!(f, "{}: {message}", code_name(*code))
             }
             Self::Cancelled => f.write_str("cancelled by this side"),
+            Self::Undecodable(why) => write!(f, "the peer's message cannot be decoded: {why}"),
             Self::Library(text) => write!(f, "gRPC library: {text}"),
         }
     }

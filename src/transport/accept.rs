@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use grpcio::Server;
-use log::{debug, error, warn};
+use log::{debug, error, info, warn};
 use parking_lot::Mutex;
 
 use super::complaints::Complaints;
+use super::descriptors::{self, Bounds};
 use super::fd_socket::Socket;
 use super::link::Link;
 use super::listener::Listener;
@@ -25,11 +26,10 @@ use crate::sync::stop::Stop;
 
 /// Bound of one handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Handshakes at a time. Above it one makes room for the newcomer: the oldest
-/// that has said nothing, or else the oldest.
-const HANDSHAKES_MAX: usize = 128;
-/// Connections at a time; a new one above it is closed.
-pub(super) const CONNECTIONS_MAX: usize = 4096;
+/// Connections that this process itself may make beyond the bound, at a time:
+/// its probe must not take the others' number for its own death. One probe
+/// follows the other, while the former one's connection ends.
+const OWN_MAX: usize = 4;
 /// Connections accepted in one turn.
 const BATCH: usize = 32;
 /// Pause after accept(2) failed, e.g. since no descriptor is left.
@@ -43,6 +43,9 @@ pub(super) struct Acceptor {
     pub relay: Arc<Relay>,
     pub wake: Arc<WakeFd>,
     contexts: Contexts,
+    bounds: Bounds,
+    /// Connections refused since there were too many.
+    refused: u64,
     /// Oldest first.
     pending: Vec<Pending>,
     paused_until: Option<Instant>,
@@ -54,6 +57,8 @@ struct Pending {
     until: Instant,
     /// The peer has sent something.
     has_spoken: bool,
+    /// The peer is this process.
+    is_own: bool,
 }
 
 impl Acceptor {
@@ -73,6 +78,8 @@ impl Acceptor {
             relay,
             wake,
             contexts: Contexts::new(Role::Server),
+            bounds: Bounds::of_process(),
+            refused: 0,
             pending: Vec::new(),
             paused_until: None,
             complaints: Complaints::default(),
@@ -152,7 +159,7 @@ impl Acceptor {
             Ok(true) => one
                 .handshake
                 .finish(clock::wall())
-                .and_then(|session| self.admit(session)),
+                .and_then(|session| self.admit(session, one.is_own)),
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
@@ -188,7 +195,15 @@ impl Acceptor {
             debug!("a peer connected before there was an identity; closed");
             return;
         };
-        if self.pending.len() >= HANDSHAKES_MAX {
+        let is_own = matches!(&socket, Socket::Unix(socket) if descriptors::is_own(socket));
+        if !self.has_room(is_own) {
+            self.refuse();
+            return;
+        }
+        self.note_room();
+        // One makes room for the newcomer: the oldest that has said nothing,
+        // or else the oldest.
+        if self.pending.len() >= self.bounds.handshakes {
             self.make_room(now);
         }
         match Handshake::new(&mut self.contexts, &identity, socket) {
@@ -196,8 +211,38 @@ impl Acceptor {
                 handshake,
                 until: now + HANDSHAKE_LIMIT,
                 has_spoken: false,
+                is_own,
             }),
             Err(error) => self.complain(&error, now),
+        }
+    }
+
+    fn has_room(&self, is_own: bool) -> bool {
+        let own = if is_own { OWN_MAX } else { 0 };
+        self.peers.len() < self.bounds.connections + own
+    }
+
+    /// Says once that connections are refused.
+    fn refuse(&mut self) {
+        if self.refused == 0 {
+            warn!(
+                "too many connections: there are {}, which is what the limit of descriptors \
+                 allows; more are refused",
+                self.peers.len()
+            );
+        }
+        self.refused = self.refused.saturating_add(1);
+    }
+
+    /// Says that there is room again, once it is more than for the next one.
+    fn note_room(&mut self) {
+        let enough = self.bounds.connections - self.bounds.connections / 8;
+        if self.refused > 0 && self.peers.len() < enough {
+            info!(
+                "connections are accepted again; {} were refused",
+                self.refused
+            );
+            self.refused = 0;
         }
     }
 
@@ -207,15 +252,20 @@ impl Acceptor {
         let index = self.pending.iter().position(is_silent).unwrap_or(0);
         self.pending.remove(index);
         self.complain(
-            &format!("{HANDSHAKES_MAX} TLS handshakes at a time; one was given up"),
+            &format!(
+                "{} TLS handshakes at a time; one was given up",
+                self.bounds.handshakes
+            ),
             now,
         );
     }
 
-    /// Gives a verified connection to gRPC.
-    fn admit(&self, session: Session) -> Result<(), String> {
-        if self.peers.len() >= CONNECTIONS_MAX {
-            return Err(format!("there are {CONNECTIONS_MAX} connections"));
+    /// Gives a verified connection to gRPC, if there is room for it.
+    fn admit(&mut self, session: Session, is_own: bool) -> Result<(), String> {
+        // Others may have come since the handshake began.
+        if !self.has_room(is_own) {
+            self.refuse();
+            return Ok(());
         }
         let (ours, grpcs) = pair().map_err(|error| format!("making a socket pair: {error}"))?;
         let mut link = Link::new(session.stream, ours, false, Arc::clone(self.relay.wake()));

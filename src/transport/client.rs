@@ -12,6 +12,8 @@ use grpcio::Channel;
 use log::warn;
 use parking_lot::Mutex;
 
+use super::dial;
+pub use super::dial::Resolve;
 use super::error::ConnectError;
 use super::link::LinkHandle;
 use super::manager::Manager;
@@ -59,7 +61,8 @@ pub struct ConnectorOptions {
     /// The `:authority` of its calls: `localhost` for unix sockets, host:port
     /// for TCP, as grpc-go does.
     pub authority: String,
-    /// Bound of one attempt: connect, handshake and the peer's SETTINGS.
+    /// Bound of one attempt, once the name is resolved: connect, handshake and
+    /// the peer's SETTINGS.
     pub dial_timeout: Duration,
     /// Cap of the pause between attempts (`NSM_GRPC_MAX_BACKOFF`).
     pub backoff_max: Duration,
@@ -113,6 +116,21 @@ impl Connector {
         svid: SvidCell,
         options: ConnectorOptions,
     ) -> std::io::Result<Self> {
+        Self::start_with(threads, rpc, svid, options, Arc::new(dial::resolve))
+    }
+
+    /// [`Connector::start`] with a stand-in for the system's resolver.
+    ///
+    /// # Errors
+    ///
+    /// When the threads cannot be started.
+    pub fn start_with(
+        threads: &Threads,
+        rpc: &Rpc,
+        svid: SvidCell,
+        options: ConnectorOptions,
+        resolve: Arc<Resolve>,
+    ) -> std::io::Result<Self> {
         let state = Watch::new(ConnectorState::Connecting { last_error: None });
         let current = Watch::new(None);
         let wake = Arc::new(WakeFd::new()?);
@@ -123,6 +141,7 @@ impl Connector {
             rpc.clone(),
             svid,
             options,
+            resolve,
             state.clone(),
             current.clone(),
             Arc::clone(&wake),

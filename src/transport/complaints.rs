@@ -1,6 +1,8 @@
-//! Log lines that strangers cause: whoever reaches the socket could otherwise
-//! fill the log, and push out the lines of others.
+//! Log lines that others cause. Strangers could otherwise fill the log, whoever
+//! reaches the socket, and a peer that is down does as long as it lasts; both
+//! push out the lines of others.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// Lines that may be written in one period.
@@ -36,6 +38,29 @@ impl Complaints {
     }
 }
 
+/// Different texts that are kept. A peer has a few addresses, and each of them
+/// a few ways to fail.
+const TEXTS_MAX: usize = 16;
+
+/// What has been said of one trouble: attempts that fail in turn for several
+/// reasons say each of them once.
+#[derive(Debug, Default)]
+pub(super) struct Said(VecDeque<String>);
+
+impl Said {
+    /// Whether this was not said before; it is then taken to be said.
+    pub(super) fn is_new(&mut self, text: &str) -> bool {
+        if self.0.iter().any(|said| said == text) {
+            return false;
+        }
+        if self.0.len() >= TEXTS_MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back(text.to_owned());
+        true
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,5 +78,20 @@ mod tests {
         let next = complaints.admit(start + PERIOD).unwrap();
         assert!(next.contains("70"), "{next}");
         assert_eq!(complaints.admit(start + PERIOD), Some(String::new()));
+    }
+
+    #[test]
+    fn reasons_that_take_turns_are_said_once_each() {
+        let mut said = Said::default();
+        assert!(said.is_new("10.0.0.1: refused"));
+        assert!(said.is_new("10.0.0.2: timed out"));
+        for _ in 0..5 {
+            assert!(!said.is_new("10.0.0.1: refused"));
+            assert!(!said.is_new("10.0.0.2: timed out"));
+        }
+        for number in 0..100 {
+            assert!(said.is_new(&number.to_string()));
+        }
+        assert_eq!(said.0.len(), TEXTS_MAX);
     }
 }

@@ -69,25 +69,58 @@ impl Limits<'_> {
     }
 }
 
-/// Connects to `address`; of several addresses of a name the first that
-/// answers, each with an equal share of the time.
-pub(super) fn dial(address: &Address, limits: Limits<'_>) -> Result<Socket, DialError> {
-    match address {
-        Address::Unix(path) => connect_unix(path).map(Socket::Unix).map_err(|error| {
-            DialError::Failed(format!("connecting to unix:{}: {error}", path.display()))
-        }),
-        Address::Tcp { host, port } => dial_tcp(host, *port, limits),
+/// Finds the addresses of a host name, as getaddrinfo(3) does: it may block,
+/// for as long as the system's configuration says. Called on `conn-*`.
+pub type Resolve = dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync;
+
+/// The system's resolver.
+pub(super) fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    Ok((host, port).to_socket_addrs()?.collect())
+}
+
+/// Where to connect to, once the name is resolved.
+pub(super) enum Target<'a> {
+    Unix(&'a Path),
+    /// In the order in which to try them.
+    Tcp(Vec<SocketAddr>),
+}
+
+impl<'a> Target<'a> {
+    /// Resolves the name; with the time that it took.
+    pub(super) fn of(
+        address: &'a Address,
+        resolve: &Resolve,
+    ) -> Result<(Self, Duration), DialError> {
+        let begun = clock::now();
+        let target = match address {
+            Address::Unix(path) => Self::Unix(path),
+            Address::Tcp { host, port } => match resolve(host, *port) {
+                Ok(found) if found.is_empty() => {
+                    return Err(format!("resolving {host}: no address").into());
+                }
+                Ok(found) => Self::Tcp(found),
+                Err(error) => return Err(format!("resolving {host}: {error}").into()),
+            },
+        };
+        Ok((target, begun.elapsed()))
     }
 }
 
-fn dial_tcp(host: &str, port: u16, limits: Limits<'_>) -> Result<Socket, DialError> {
-    let addresses: Vec<SocketAddr> = (host, port)
-        .to_socket_addrs()
-        .map_err(|error| format!("resolving {host}: {error}"))?
-        .collect();
-    let mut last = DialError::Failed(format!("resolving {host}: no address"));
+/// Connects; of several addresses to the first that answers, each with an equal
+/// share of the time.
+pub(super) fn dial(target: Target<'_>, limits: Limits<'_>) -> Result<Socket, DialError> {
+    match target {
+        Target::Unix(path) => connect_unix(path).map(Socket::Unix).map_err(|error| {
+            DialError::Failed(format!("connecting to unix:{}: {error}", path.display()))
+        }),
+        Target::Tcp(addresses) => dial_tcp(&addresses, limits),
+    }
+}
+
+fn dial_tcp(addresses: &[SocketAddr], limits: Limits<'_>) -> Result<Socket, DialError> {
+    let mut last = DialError::Failed("no address".to_owned());
     let mut left = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-    for address in addresses {
+    for &address in addresses {
         let now = clock::now();
         let share = limits.deadline.saturating_duration_since(now) / left.max(1);
         left = left.saturating_sub(1);

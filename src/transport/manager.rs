@@ -10,8 +10,9 @@ use crossbeam_channel::{Receiver, never, select};
 use grpcio::Channel;
 use log::{debug, info, warn};
 
-use super::client::{Connection, ConnectorOptions, ConnectorState, DRAIN_LIMIT};
-use super::dial::{self, DialError, Limits};
+use super::client::{Address, Connection, ConnectorOptions, ConnectorState, DRAIN_LIMIT};
+use super::complaints::Said;
+use super::dial::{self, DialError, Limits, Resolve, Target};
 use super::link::{Link, LinkHandle, LinkState};
 use super::relay::Relay;
 use super::tls::{Contexts, Handshake, Role, Session};
@@ -28,6 +29,8 @@ use crate::sync::watch::Watch;
 const SETTLED: Duration = Duration::from_secs(1);
 /// Least time between two dials for the sake of a certificate's age.
 const RENEW_MIN: Duration = Duration::from_secs(30);
+/// A resolver that takes longer has a dead server in its list, or is dying.
+const RESOLVED_SLOWLY: Duration = Duration::from_secs(1);
 /// Time for the relay to send the last bytes at the end.
 const RELAY_LIMIT: Duration = Duration::from_millis(500);
 
@@ -35,6 +38,7 @@ pub(super) struct Manager {
     rpc: Rpc,
     svid: SvidCell,
     options: ConnectorOptions,
+    resolve: Arc<Resolve>,
     state: Watch<ConnectorState>,
     published: Watch<Option<Arc<Connection>>>,
     wake: Arc<WakeFd>,
@@ -47,6 +51,10 @@ pub(super) struct Manager {
     retry_at: Option<Instant>,
     /// The generation of the last attempt's identity.
     attempted: u64,
+    /// Why attempts have failed since the last one that did not.
+    failures_said: Said,
+    /// The name was resolved slowly, which was said.
+    slow_said: bool,
 }
 
 struct Current {
@@ -69,6 +77,7 @@ impl Manager {
         rpc: Rpc,
         svid: SvidCell,
         options: ConnectorOptions,
+        resolve: Arc<Resolve>,
         state: Watch<ConnectorState>,
         published: Watch<Option<Arc<Connection>>>,
         wake: Arc<WakeFd>,
@@ -78,6 +87,7 @@ impl Manager {
             rpc,
             svid,
             options,
+            resolve,
             state,
             published,
             wake,
@@ -88,6 +98,8 @@ impl Manager {
             failures: 0,
             retry_at: None,
             attempted: 0,
+            failures_said: Said::default(),
+            slow_said: false,
         })
     }
 
@@ -208,6 +220,7 @@ impl Manager {
             since: now,
         });
         self.retry_at = None;
+        self.failures_said = Said::default();
         self.state.set_if_changed(ConnectorState::Ready);
     }
 
@@ -215,14 +228,10 @@ impl Manager {
         let pause = self.pause(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.retry_at = Some(clock::now() + pause);
-        let repeated = matches!(
-            self.state.get(),
-            ConnectorState::Connecting { last_error: Some(last) } if last == error
-        );
-        if repeated {
-            debug!(connection = self.options.name; "{error}; next attempt in {pause:?}");
-        } else {
+        if self.failures_said.is_new(&error) {
             warn!(connection = self.options.name; "{error}; next attempt in {pause:?}");
+        } else {
+            debug!(connection = self.options.name; "{error}; next attempt in {pause:?}");
         }
         if self.current.is_none() {
             self.state.set_if_changed(ConnectorState::Connecting {
@@ -271,19 +280,31 @@ impl Manager {
 
     /// Dials, shakes hands, and waits for the peer's SETTINGS.
     fn connect(&mut self, identity: &Arc<Identity>, stop: &Stop) -> Result<Connection, DialError> {
+        let address = self.options.address.clone();
+        self.attempt(&address, identity, stop)
+            .map_err(|error| match error {
+                DialError::Failed(text) => DialError::Failed(format!("{address}: {text}")),
+                DialError::Stopped => DialError::Stopped,
+            })
+    }
+
+    fn attempt(
+        &mut self,
+        address: &Address,
+        identity: &Arc<Identity>,
+        stop: &Stop,
+    ) -> Result<Connection, DialError> {
+        let (target, took) = Target::of(address, &*self.resolve)?;
+        self.note_resolved(took);
         let wake = Arc::clone(&self.wake);
         let limits = Limits {
+            // From here: nothing bounds what the resolver takes, and a peer that
+            // is well must not be taken for one that does not answer.
             deadline: clock::now() + self.options.dial_timeout,
             wake: &wake,
             stop,
         };
-        let session = self.establish(identity, limits).map_err(|error| {
-            let at = &self.options.address;
-            match error {
-                DialError::Failed(text) => DialError::Failed(format!("{at}: {text}")),
-                DialError::Stopped => DialError::Stopped,
-            }
-        })?;
+        let session = self.establish(target, identity, limits)?;
         let (ours, grpcs) = pair().map_err(|error| format!("making a socket pair: {error}"))?;
         let channel = self.channel(grpcs);
         let link = Link::new(session.stream, ours, true, Arc::clone(self.relay.wake()));
@@ -292,26 +313,34 @@ impl Manager {
             Connection::new(channel, session.peer, session.identity, Arc::clone(&handle));
         self.relay.add(link);
         // An early return drops the connection, which ends the link.
-        await_settings(&handle, limits).map_err(|error| match error {
-            DialError::Failed(text) => {
-                DialError::Failed(format!("{}: {text}", self.options.address))
-            }
-            DialError::Stopped => DialError::Stopped,
-        })?;
+        await_settings(&handle, limits)?;
         Ok(connection)
     }
 
     fn establish(
         &mut self,
+        target: Target<'_>,
         identity: &Arc<Identity>,
         limits: Limits<'_>,
     ) -> Result<Session, DialError> {
-        let socket = dial::dial(&self.options.address, limits)?;
+        let socket = dial::dial(target, limits)?;
         let mut handshake = Handshake::new(&mut self.contexts, identity, socket)?;
         while !handshake.step()? {
             limits.wait(handshake.interest(), "TLS handshake")?;
         }
         Ok(handshake.finish(clock::wall())?)
+    }
+
+    /// Says once that the resolver is slow.
+    fn note_resolved(&mut self, took: Duration) {
+        let is_slow = took > RESOLVED_SLOWLY;
+        if is_slow && !self.slow_said {
+            warn!(
+                connection = self.options.name;
+                "resolving the name in {} took {took:.1?}", self.options.address
+            );
+        }
+        self.slow_said = is_slow;
     }
 
     fn channel(&self, grpcs: UnixStream) -> Channel {

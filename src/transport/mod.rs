@@ -22,6 +22,7 @@ mod accept;
 mod buffer;
 pub mod client;
 mod complaints;
+pub mod descriptors;
 mod dial;
 pub mod error;
 mod fd_socket;

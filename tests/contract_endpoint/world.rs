@@ -23,6 +23,7 @@ use meridio_proxy::rpc::method;
 use meridio_proxy::rpc::status::Code;
 use meridio_proxy::spiffe::SvidCell;
 use meridio_proxy::sync::clock;
+use meridio_proxy::sync::stop::{Stop, Stopper, stop_pair};
 use meridio_proxy::sync::thread::Threads;
 use meridio_proxy::transport::client::{Address, Connector, ConnectorOptions};
 use meridio_proxy::transport::server::{PeerTable, TlsServer};
@@ -195,6 +196,8 @@ pub struct Ipam {
     pub withheld: Arc<Mutex<Vec<Answer>>>,
     pub released: Arc<Mutex<Vec<String>>>,
     pub known: Arc<Mutex<Vec<LeaseId>>>,
+    /// While it is there, the bridge has no addresses.
+    pub unaddressed: Arc<Mutex<Option<(Stopper, Stop)>>>,
 }
 
 impl Leases for Ipam {
@@ -229,6 +232,13 @@ impl Leases for Ipam {
 
     fn abandon(&self, _: LeaseId) {}
 
+    fn addressed(&self) -> Stop {
+        match &*self.unaddressed.lock() {
+            Some((_, addressed)) => addressed.clone(),
+            None => stop_pair().1,
+        }
+    }
+
     fn release_later(&self, id: LeaseId) {
         self.released.lock().push(id.to_string());
     }
@@ -251,6 +261,10 @@ pub struct World {
 
 impl World {
     pub fn new(prepare: impl FnOnce(&Registry)) -> Self {
+        Self::with_ipam(Ipam::default(), prepare)
+    }
+
+    pub fn with_ipam(ipam: Ipam, prepare: impl FnOnce(&Registry)) -> Self {
         let directory = Directory::new();
         let threads = Threads::unsupervised();
         let pki = Pki::new("td");
@@ -265,7 +279,6 @@ impl World {
             "nsmgr",
             directory.0.join("nsm.sock"),
         );
-        let ipam = Ipam::default();
         let (tx, facts) = bounded(1000);
         let mut world = Self {
             nsmgr: None,

@@ -8,6 +8,7 @@
     reason = "helpers of tests, which fail that way"
 )]
 
+mod announce;
 mod harness;
 mod operations;
 mod report;

@@ -28,9 +28,9 @@ const FALLBACK4: &str = "unreachable default proto 77 metric 4294967295";
 const FALLBACK6: &str = "unreachable default dev lo proto 77 metric 4294967295 pref medium";
 
 /// The running kernel side, and what it said of egress.
-struct Daemon {
+pub struct Daemon {
     kernel: Kernel,
-    net: NetHandle,
+    pub net: NetHandle,
     egress: Arc<Mutex<Vec<bool>>>,
 }
 
@@ -53,7 +53,7 @@ impl Daemon {
     }
 
     /// Started, and told the bridge's addresses.
-    fn with_addresses() -> Self {
+    pub fn with_addresses() -> Self {
         let daemon = Self::start();
         daemon.net.tell(Event::BridgePrefixes(PerFamily {
             v4: Some("172.16.0.1/24".parse().unwrap()),
@@ -62,7 +62,7 @@ impl Daemon {
         daemon
     }
 
-    fn lb(&self, id: &str, ifname: &str, last: u8) {
+    pub fn lb(&self, id: &str, ifname: &str, last: u8) {
         self.net.tell(Event::PortExpected {
             key: lb(id),
             ifname: name(ifname),
@@ -70,12 +70,12 @@ impl Daemon {
         });
     }
 
-    fn vips(&self, vips: &[&str]) {
+    pub fn vips(&self, vips: &[&str]) {
         let vips: BTreeSet<IpNetwork> = vips.iter().map(|vip| vip.parse().unwrap()).collect();
         self.net.tell(Event::Vips(vips));
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         let late = self.kernel.stop(clock::now() + Duration::from_secs(5));
         assert!(late.is_empty(), "{late:?}");
     }
@@ -100,7 +100,7 @@ fn hops() -> (Vec<u8>, Vec<u8>) {
     (of("-4"), of("-6"))
 }
 
-fn until_hops(expected: &[u8]) {
+pub fn until_hops(expected: &[u8]) {
     eventually(&format!("hops {expected:?}"), || {
         let seen = hops();
         (seen == (expected.to_vec(), expected.to_vec()))
@@ -109,7 +109,7 @@ fn until_hops(expected: &[u8]) {
     });
 }
 
-fn until_rules(expected: &[&str]) {
+pub fn until_rules(expected: &[&str]) {
     eventually(&format!("rules {expected:?}"), || {
         let seen = [rules("-4"), rules("-6")].concat();
         (seen == expected).then_some(()).ok_or(seen)

@@ -31,6 +31,7 @@ use crate::proto::health::HealthCheckResponse;
 use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock::Now;
+use crate::sync::stop::Stop;
 
 /// Bound of IPAM's part of a first Request. The caller's deadline cannot be
 /// read (grpcio only says whether it has passed), and NSM's callers use 15 s.
@@ -54,6 +55,8 @@ pub trait Leases: Send {
     fn release_later(&self, id: LeaseId);
     /// See [`IpamHandle::abandon`].
     fn abandon(&self, id: LeaseId);
+    /// See [`IpamHandle::addressed`].
+    fn addressed(&self) -> Stop;
 }
 
 impl Leases for IpamHandle {
@@ -67,6 +70,10 @@ impl Leases for IpamHandle {
 
     fn abandon(&self, id: LeaseId) {
         IpamHandle::abandon(self, id);
+    }
+
+    fn addressed(&self) -> Stop {
+        IpamHandle::addressed(self)
     }
 }
 

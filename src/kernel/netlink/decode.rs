@@ -20,6 +20,7 @@ use crate::core::family::Family;
 use crate::core::ids::{IfIndex, IfName};
 use crate::core::observed::{Link, LinkFact, RouteKind, Rule};
 use crate::core::op::{PROTOCOL, TABLE};
+use crate::kernel::announce::Mac;
 
 /// linux/rtnetlink.h.
 pub const RTM_NEWLINK: u16 = 16;
@@ -33,6 +34,7 @@ pub(super) const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 
 /// linux/if_link.h.
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
@@ -168,6 +170,38 @@ pub fn silent_neighbour(payload: &[u8]) -> Option<(IfIndex, IpAddr)> {
             _ => None,
         })?;
     Some((IfIndex::new(message.header.ifindex)?, address))
+}
+
+/// Reads the hardware address of a link.
+#[must_use]
+pub fn link_hardware_address(payload: &[u8]) -> Option<Mac> {
+    NlasIterator::new(payload.get(LINK_HEADER..)?)
+        .map_while(Result::ok)
+        .find(|attribute| attribute.kind() == IFLA_ADDRESS)
+        .and_then(|attribute| attribute.value().try_into().ok())
+}
+
+/// Reads a neighbour's hardware address, if it is believed; of a bridge's
+/// forwarding table also behind which port it is.
+#[must_use]
+pub fn neighbour(payload: &[u8]) -> Option<(Option<IfIndex>, Mac)> {
+    let message = NeighbourMessage::parse(payload).ok()?;
+    let unresolved = [
+        NeighbourState::None,
+        NeighbourState::Incomplete,
+        NeighbourState::Failed,
+    ];
+    if unresolved.contains(&message.header.state) {
+        return None;
+    }
+    let mac = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
+            _ => None,
+        })?;
+    Some((IfIndex::new(message.header.ifindex), mac))
 }
 
 /// Reads a default route of our table: its family, metric and kind.

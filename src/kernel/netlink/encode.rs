@@ -12,7 +12,9 @@ use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkExtentMask, LinkFlags,
     LinkInfo, LinkMessage,
 };
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
+};
 use netlink_packet_route::route::{
     RouteAttribute, RouteMessage, RouteNextHop, RouteProtocol, RouteScope, RouteType,
 };
@@ -23,6 +25,7 @@ use crate::core::family::Family;
 use crate::core::ids::{IfIndex, IfName};
 use crate::core::observed::Rule;
 use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, TABLE, route_metric};
+use crate::kernel::announce::Mac;
 
 /// linux/netlink.h.
 const NLM_F_REQUEST: u16 = 1;
@@ -80,7 +83,18 @@ pub fn operation(op: &KernelOp, sequence: u32) -> Vec<u8> {
         ),
         KernelOp::Attach { port, bridge } => (set_master(port.as_str(), bridge.get()), 0),
         KernelOp::Detach { port } => (set_master(port.as_str(), 0), 0),
-        KernelOp::ForgetNeighbour { bridge, address } => (neighbour(*bridge, *address), 0),
+        KernelOp::ForgetNeighbour { bridge, address } => (
+            RouteNetlinkMessage::DelNeighbour(neighbour(*bridge, *address)),
+            0,
+        ),
+        KernelOp::AskNeighbour { bridge, address } => {
+            let mut message = neighbour(*bridge, *address);
+            message.header.flags = NeighbourFlags::Use;
+            (
+                RouteNetlinkMessage::NewNeighbour(message),
+                NLM_F_CREATE | NLM_F_REPLACE,
+            )
+        }
         KernelOp::Unreachable { family } => {
             let mut message = route(*family, RouteType::Unreachable);
             message
@@ -157,6 +171,46 @@ pub fn get_link(name: &IfName, sequence: u32) -> Vec<u8> {
     ];
     serialise(
         RouteNetlinkMessage::GetLink(message),
+        NLM_F_REQUEST | NLM_F_ACK,
+        sequence,
+    )
+}
+
+/// The request for a link, which the acknowledgement follows.
+#[must_use]
+pub fn get_link_at(index: IfIndex, sequence: u32) -> Vec<u8> {
+    let mut message = LinkMessage::default();
+    message.header.index = index.get();
+    message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+    serialise(
+        RouteNetlinkMessage::GetLink(message),
+        NLM_F_REQUEST | NLM_F_ACK,
+        sequence,
+    )
+}
+
+/// The request for one neighbour, which the acknowledgement follows.
+#[must_use]
+pub fn get_neighbour(bridge: IfIndex, address: IpAddr, sequence: u32) -> Vec<u8> {
+    serialise(
+        RouteNetlinkMessage::GetNeighbour(neighbour(bridge, address)),
+        NLM_F_REQUEST | NLM_F_ACK,
+        sequence,
+    )
+}
+
+/// The request for a hardware address in the bridge's forwarding table, which
+/// the acknowledgement follows.
+#[must_use]
+pub fn get_forwarding(bridge: IfIndex, mac: Mac, sequence: u32) -> Vec<u8> {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.attributes = vec![
+        NeighbourAttribute::LinkLayerAddress(mac.to_vec()),
+        NeighbourAttribute::Controller(bridge.get()),
+    ];
+    serialise(
+        RouteNetlinkMessage::GetNeighbour(message),
         NLM_F_REQUEST | NLM_F_ACK,
         sequence,
     )
@@ -247,7 +301,7 @@ fn address(bridge: IfIndex, prefix: IpNetwork, new: bool) -> AddressMessage {
     message
 }
 
-fn neighbour(bridge: IfIndex, address: IpAddr) -> RouteNetlinkMessage {
+fn neighbour(bridge: IfIndex, address: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = address_family(address.into());
     message.header.ifindex = bridge.get();
@@ -256,7 +310,7 @@ fn neighbour(bridge: IfIndex, address: IpAddr) -> RouteNetlinkMessage {
         IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
     };
     message.attributes = vec![NeighbourAttribute::Destination(destination)];
-    RouteNetlinkMessage::DelNeighbour(message)
+    message
 }
 
 fn route(family: Family, kind: RouteType) -> RouteMessage {

@@ -8,13 +8,18 @@ mod golden;
 pub mod socket;
 
 use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
 
 use self::encode::Dump;
 use self::socket::RequestSocket;
 use super::Rtnl;
+use super::announce::Mac;
 use super::error::{KernelError, OpError};
+use super::packet::PacketSocket;
+use crate::core::announce::Behind;
 use crate::core::family::Family;
-use crate::core::ids::IfName;
+use crate::core::ids::{IfIndex, IfName};
 use crate::core::observed::{Link, Observed, Rule};
 use crate::core::op::KernelOp;
 
@@ -27,13 +32,25 @@ const BATCH_BYTES: usize = 64 * 1024;
 /// The real kernel.
 pub struct Netlink {
     socket: RequestSocket,
+    /// Where announcements may be sent.
+    packets: Option<PacketSocket>,
 }
 
 impl Netlink {
     /// Over an open socket.
     #[must_use]
     pub fn new(socket: RequestSocket) -> Self {
-        Self { socket }
+        Self {
+            socket,
+            packets: None,
+        }
+    }
+
+    /// Sends announcements, too.
+    #[must_use]
+    pub fn with_packets(mut self, packets: Option<PacketSocket>) -> Self {
+        self.packets = packets;
+        self
     }
 
     /// The port id of our requests.
@@ -64,6 +81,29 @@ impl Netlink {
                 ..
             }) => Ok(None),
             Err(error) => Err(KernelError(format!("look at link {name}: {error}"))),
+        }
+    }
+
+    /// The one message that answers the request that `encode` makes, as `read`
+    /// understands it; nothing where the kernel knows of nothing.
+    fn get<T>(
+        &mut self,
+        encode: impl FnOnce(u32) -> Vec<u8>,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Option<T>, KernelError> {
+        let sequence = self.socket.sequences(1);
+        let mut found = None;
+        let outcome = self.socket.dump(&encode(sequence), sequence, |frame| {
+            found = read(frame.payload);
+        });
+        match outcome {
+            Ok(_) => Ok(found),
+            Err(OpError::Refused { errno, .. })
+                if [libc::ENOENT, libc::ENODEV].contains(&errno) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(KernelError(error.to_string())),
         }
     }
 
@@ -211,6 +251,43 @@ impl Rtnl for Netlink {
             rest = later;
         }
         outcomes
+    }
+
+    fn hardware_address(
+        &mut self,
+        bridge: IfIndex,
+        address: IpAddr,
+        behind: &Behind,
+    ) -> Result<Option<Mac>, KernelError> {
+        let ports = match behind {
+            Behind::Bridge => {
+                return self.get(
+                    |sequence| encode::get_link_at(bridge, sequence),
+                    decode::link_hardware_address,
+                );
+            }
+            Behind::Ports(ports) => ports,
+        };
+        let known = self.get(
+            |sequence| encode::get_neighbour(bridge, address, sequence),
+            decode::neighbour,
+        )?;
+        let Some((_, mac)) = known else {
+            return Ok(None);
+        };
+        let learned = self.get(
+            |sequence| encode::get_forwarding(bridge, mac, sequence),
+            decode::neighbour,
+        )?;
+        let port = learned.and_then(|(port, _)| port);
+        Ok(port.filter(|port| ports.contains(port)).map(|_| mac))
+    }
+
+    fn send(&mut self, bridge: IfIndex, frame: &[u8]) -> io::Result<bool> {
+        match &self.packets {
+            Some(packets) => packets.send(bridge, frame).map(|()| true),
+            None => Ok(false),
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 //! plain gRPC. Every push is a full `X509SVIDResponse`. One agent serves one
 //! workload; it does not look at who connects.
 
+mod faults;
+
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -24,13 +26,15 @@ use meridio_proxy::sync::watch::Watch;
 use parking_lot::Mutex;
 
 use crate::pki::{Pki, Svid};
+use crate::wire::Wire;
 
 /// The agent. Dropping it ends the server.
 pub struct Agent {
     path: PathBuf,
     rpc: Rpc,
     shared: Arc<Shared>,
-    server: Option<Server>,
+    /// The line ends before the server.
+    server: Option<(Wire, Server)>,
 }
 
 struct Shared {
@@ -46,7 +50,8 @@ struct State {
     id: String,
     ttl: Duration,
     federated: Vec<Pki>,
-    withheld: bool,
+    /// Why there is no SVID, if there is none.
+    refusal: Option<RpcStatus>,
     /// What a new stream is told first.
     current: X509SVIDResponse,
     streams: Vec<Arc<Stream>>,
@@ -79,7 +84,7 @@ impl Agent {
             id: id.to_owned(),
             ttl,
             federated: Vec::new(),
-            withheld: false,
+            refusal: None,
             current: X509SVIDResponse::default(),
             streams: Vec::new(),
         };
@@ -153,9 +158,14 @@ impl Agent {
     /// Ends all streams with PERMISSION_DENIED and refuses new ones, as for a
     /// workload without a registration entry; `false` takes it back.
     pub fn withhold(&self, withheld: bool) {
-        self.shared.state.lock().withheld = withheld;
-        if withheld {
-            self.end_streams(no_identity());
+        self.refuse(withheld.then(no_identity).as_ref());
+    }
+
+    /// Ends all streams with `status` and refuses new ones.
+    fn refuse(&self, status: Option<&RpcStatus>) {
+        self.shared.state.lock().refusal = status.cloned();
+        if let Some(status) = status {
+            self.end_streams(status.clone());
         }
     }
 
@@ -173,8 +183,9 @@ impl Agent {
 
     /// Ends the server; the socket stays where it is, as after a crash.
     pub fn stop(&mut self) {
-        if let Some(server) = self.server.take() {
+        if let Some((wire, server)) = self.server.take() {
             self.drop_streams();
+            drop(wire);
             shut_down(server, Instant::now() + Duration::from_secs(2));
         }
     }
@@ -184,7 +195,10 @@ impl Agent {
         if self.server.is_some() {
             return;
         }
-        let _ = std::fs::remove_file(&self.path);
+        let inner = self.path.with_extension("inner");
+        for path in [&self.path, &inner] {
+            let _ = std::fs::remove_file(path);
+        }
         let shared = Arc::clone(&self.shared);
         let service = ServiceBuilder::new()
             .add_server_streaming_handler(&FETCH_X509_SVID, move |context, _request, sink| {
@@ -194,12 +208,13 @@ impl Agent {
         let mut server = self.rpc.server().register_service(service).build().unwrap();
         server
             .add_listening_port(
-                format!("unix:{}", self.path.display()),
+                format!("unix:{}", inner.display()),
                 ServerCredentials::insecure(),
             )
             .unwrap();
         server.start();
-        self.server = Some(server);
+        let wire = Wire::unix(&self.path, &inner).unwrap();
+        self.server = Some((wire, server));
     }
 
     /// How many streams are open; can be waited for.
@@ -224,7 +239,9 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.stop();
-        let _ = std::fs::remove_file(&self.path);
+        for path in [&self.path, &self.path.with_extension("inner")] {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -322,8 +339,8 @@ fn admit(shared: &Shared, context: &RpcContext<'_>) -> Result<Arc<Stream>, RpcSt
         ));
     }
     let mut state = shared.state.lock();
-    if state.withheld {
-        return Err(no_identity());
+    if let Some(status) = &state.refusal {
+        return Err(status.clone());
     }
     let stream = Arc::new(Stream::default());
     stream.push(Push::Response(state.current.clone()));

@@ -198,6 +198,12 @@ impl Forwarder {
         })
     }
 
+    /// Knows no connection any more; interfaces stay.
+    pub fn forget(&self) {
+        let gone = std::mem::take(&mut *self.crosses.lock());
+        drop(gone);
+    }
+
     /// Connections that exist.
     pub fn count(&self) -> usize {
         self.crosses.lock().len()

@@ -1,6 +1,7 @@
 //! The IPAM service with the real allocation rules, over mTLS on TCP, and with
 //! the ways in which it can be slow, broken or away.
 
+mod faults;
 mod store;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ use protobuf::well_known_types::empty::Empty;
 
 use crate::nsp::feed::Feed;
 use crate::nsp::health_service;
+use crate::spoil::Spoils;
+use crate::wire::Wire;
 pub use store::Key;
 use store::{Refusal, Store};
 
@@ -76,13 +79,15 @@ struct Shared {
     core: Arc<Core>,
     jobs: Sender<Job>,
     wake: Sender<()>,
-    server: Mutex<Option<TlsServer>>,
+    // The line ends before the server.
+    server: Mutex<Option<(Wire, TlsServer)>>,
     /// Holds the core alone, so that the last clone of `Ipam` ends it.
     _worker: ThreadHandle,
 }
 
 /// What handlers and worker share.
 struct Core {
+    spoils: Spoils,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -94,10 +99,13 @@ struct State {
     /// How long each call keeps the table, and until when it is kept.
     turn: Duration,
     kept_until: Option<Instant>,
-    failure: Option<String>,
-    prefix_override: Option<Prefix>,
+    failure: Option<RpcStatus>,
+    answers: Option<Answers>,
     calls: Vec<Call>,
 }
+
+/// What is told in place of what was allocated.
+type Answers = Box<dyn Fn(&Child) -> Option<(String, i32)> + Send>;
 
 /// A call on its way to the worker.
 struct Job {
@@ -118,6 +126,7 @@ impl Ipam {
         let (jobs, queue) = bounded(JOBS_MAX);
         let (wake, woken) = bounded(1);
         let core = Arc::new(Core {
+            spoils: Spoils::default(),
             state: Mutex::new(State {
                 store,
                 delay: BTreeMap::new(),
@@ -125,7 +134,7 @@ impl Ipam {
                 turn: Duration::ZERO,
                 kept_until: None,
                 failure: None,
-                prefix_override: None,
+                answers: None,
                 calls: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -155,16 +164,18 @@ impl Ipam {
     ) -> Result<(), String> {
         let services = vec![self.service(), health_service()];
         let peers = PeerTable::default();
+        let (wire, listener) = Wire::tcp(listener).map_err(|error| format!("IPAM: {error}"))?;
         let server = TlsServer::start_tcp(threads, rpc, svid, listener, peers, services)
             .map_err(|error| format!("IPAM: {error:?}"))?;
-        *self.0.server.lock() = Some(server);
+        *self.0.server.lock() = Some((wire, server));
         Ok(())
     }
 
     /// Ends the server; the table stays.
     pub fn stop(&self) {
         let server = self.0.server.lock().take();
-        if let Some(server) = server {
+        if let Some((wire, server)) = server {
+            drop(wire);
             server.stop(clock::now() + STOP_LIMIT);
         }
     }
@@ -196,16 +207,32 @@ impl Ipam {
 
     /// Answers all calls with UNKNOWN and this text, executing none.
     pub fn set_failure(&self, text: Option<&str>) {
-        self.0.core.state.lock().failure = text.map(str::to_owned);
+        let unknown = |text: &str| RpcStatus::with_message(RpcStatusCode::UNKNOWN, text.to_owned());
+        self.refuse(text.map(unknown));
+    }
+
+    fn refuse(&self, failure: Option<RpcStatus>) {
+        self.0.core.state.lock().failure = failure;
     }
 
     /// Answers each Allocate with this, whatever was allocated.
     pub fn set_answer(&self, answer: Option<(&str, i32)>) {
-        self.0.core.state.lock().prefix_override = answer.map(|(address, length)| Prefix {
-            address: address.to_owned(),
-            prefixLength: length,
-            ..Prefix::default()
-        });
+        let answer = answer.map(|(address, length)| (address.to_owned(), length));
+        self.set_answers(move |_| answer.clone());
+    }
+
+    /// Answers each Allocate with the address and prefix length that this says
+    /// for the child, if any, whatever was allocated.
+    pub fn set_answers<F>(&self, answers: F)
+    where
+        F: Fn(&Child) -> Option<(String, i32)> + Send + 'static,
+    {
+        self.0.core.state.lock().answers = Some(Box::new(answers));
+    }
+
+    /// Which answers are spoilt, by the path of their method: Allocate's.
+    pub fn spoils(&self) -> &Spoils {
+        &self.0.core.spoils
     }
 
     /// Loses the table.
@@ -335,8 +362,8 @@ impl Core {
     fn execute(&self, job: &Job) -> bool {
         let mut state = self.state.lock();
         let unknown = |text: String| RpcStatus::with_message(RpcStatusCode::UNKNOWN, text);
-        let result = match (&state.failure, job.verb) {
-            (Some(text), _) => Err(unknown(text.clone())),
+        let mut result = match (&state.failure, job.verb) {
+            (Some(status), _) => Err(status.clone()),
             (None, Verb::Release) => {
                 state.store.release(&job.child);
                 Ok(Prefix::default())
@@ -344,11 +371,16 @@ impl Core {
             (None, Verb::Allocate) => match state.store.allocate(&job.child) {
                 Err(Refusal::Wait) => return false,
                 Err(Refusal::Error(text)) => Err(unknown(text)),
-                Ok(address) => Ok(state.prefix_override.clone().unwrap_or_else(|| Prefix {
-                    address: address.ip().to_string(),
-                    prefixLength: address.prefix().into(),
-                    ..Prefix::default()
-                })),
+                Ok(address) => {
+                    let told = state.answers.as_ref().and_then(|told| told(&job.child));
+                    let right = || (address.ip().to_string(), address.prefix().into());
+                    let (address, length) = told.unwrap_or_else(right);
+                    Ok(Prefix {
+                        address,
+                        prefixLength: length,
+                        ..Prefix::default()
+                    })
+                }
             },
         };
         if state.failure.is_none() {
@@ -356,6 +388,9 @@ impl Core {
         }
         drop(state);
         self.changed.notify_all();
+        if let (Ok(prefix), Verb::Allocate) = (&mut result, job.verb) {
+            self.spoils.apply(method::IPAM_ALLOCATE.name, prefix);
+        }
         job.answer.push(result);
         true
     }

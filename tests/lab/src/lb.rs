@@ -8,16 +8,21 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use meridio_proxy::proto::connection::Connection;
+use meridio_proxy::sync::clock;
 use parking_lot::Mutex;
 
 use crate::datapath::LocalEndpoint;
+use crate::fault::Trouble;
 use crate::link::{Hop, Rtnl, wait_ready};
 use crate::netns::Netns;
 use crate::spread::{Member, Passed, Spread};
 
+/// A call of the forwarder takes no longer, whatever is wrong.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
 const SEED: u32 = 0x5eed_0002;
 
 /// The targets that receive flows: their names and their own addresses.
@@ -32,6 +37,7 @@ struct Inner {
     number: u8,
     netns: Netns,
     rtnl: Rtnl,
+    trouble: Trouble,
     state: Mutex<State>,
 }
 
@@ -55,6 +61,7 @@ impl Lb {
             number,
             rtnl: Rtnl::open(&netns)?,
             netns,
+            trouble: Trouble::default(),
             state: Mutex::new(State {
                 connections: BTreeMap::new(),
                 named: 0,
@@ -98,6 +105,17 @@ impl Lb {
     #[must_use]
     pub fn interfaces(&self) -> Vec<String> {
         self.0.state.lock().connections.values().cloned().collect()
+    }
+
+    /// What Requests meet.
+    #[must_use]
+    pub fn trouble(&self) -> &Trouble {
+        &self.0.trouble
+    }
+
+    /// Knows no connection any more; the kernel goes on as it is.
+    pub fn forget(&self) {
+        self.0.state.lock().connections.clear();
     }
 
     /// Packets to targets and back.
@@ -166,6 +184,8 @@ impl LocalEndpoint for Lb {
     }
 
     fn request(&self, mut connection: Connection) -> Result<Connection, String> {
+        let admitted = self.0.trouble.admit(clock::now() + CALL_LIMIT);
+        admitted.map_err(|error| error.to_string())?;
         let mut state = self.0.state.lock();
         let known = state.connections.get(&connection.id).cloned();
         let ifname = known.unwrap_or_else(|| {

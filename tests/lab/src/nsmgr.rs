@@ -9,6 +9,7 @@
 mod api;
 mod chain;
 mod discover;
+mod faults;
 pub(crate) mod parts;
 mod registration;
 mod serve;
@@ -21,22 +22,25 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use grpcio::RpcStatus;
+use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::rpc::env::Rpc;
-use meridio_proxy::rpc::status::{Code, RpcError};
+use meridio_proxy::rpc::status::RpcError;
 use meridio_proxy::sync::clock;
 use parking_lot::Mutex;
 
 use crate::datapath::{Datapath, LocalEndpoint};
+use crate::fault::dropped;
 use crate::forwarder::Forwarder;
 use crate::monitor::{Monitors, Outbox};
 use crate::pki::Pki;
 use crate::policy::{Hop, Notes, Owners};
 use crate::registry::Registry;
+use crate::spoil::Spoils;
 use crate::tls::{Peers, TlsListener};
 use meridio_proxy::proto::registry::NetworkServiceEndpointResponse;
 use parts::{Gate, Timers, Turns};
 
+pub use faults::{ForwarderProcess, LbProcess, RegistryProcess, TargetProcess};
 pub use targets::{TargetEvent, TargetRequest};
 
 /// What an nsmgr is made of.
@@ -53,6 +57,9 @@ pub struct NsmgrOptions {
     /// Lifetime of the tokens of all lab peers.
     pub token_lifetime: Duration,
 }
+
+/// A change to a connection that an answer tells.
+type Tamper = Box<dyn Fn(&mut Connection) + Send>;
 
 /// A running nsmgr; clones are the same one. The last one ends it.
 #[derive(Clone)]
@@ -80,6 +87,7 @@ struct Inner {
     peers: Peers,
     turns: Arc<Turns>,
     gate: Gate,
+    troubles: faults::Troubles,
     timers: Arc<Timers>,
     registry: Arc<Registry>,
     forwarder: Forwarder,
@@ -88,6 +96,8 @@ struct Inner {
     finds: Mutex<Vec<Outbox<NetworkServiceEndpointResponse>>>,
     state: Mutex<State>,
     listener: Mutex<Option<TlsListener>>,
+    spoils: Spoils,
+    tamper: Mutex<Option<Tamper>>,
     targets: targets::Targets,
     events: (Sender<TargetEvent>, Receiver<TargetEvent>),
     itself: Weak<Inner>,
@@ -155,6 +165,7 @@ impl Nsmgr {
             peers: Peers::default(),
             turns: Arc::default(),
             gate: Gate::default(),
+            troubles: faults::Troubles::default(),
             timers,
             registry: Arc::new(registry),
             forwarder,
@@ -169,6 +180,8 @@ impl Nsmgr {
                 expire_period: Duration::from_secs(60),
             }),
             listener: Mutex::default(),
+            spoils: Spoils::default(),
+            tamper: Mutex::default(),
             targets: targets::Targets::default(),
             events: bounded(1024),
             itself: itself.clone(),
@@ -179,6 +192,20 @@ impl Nsmgr {
 }
 
 impl Nsmgr {
+    /// Which answers are spoilt, by the path of their method. A stream begins
+    /// in good order, then brings what is spoilt.
+    pub fn spoils(&self) -> &Spoils {
+        &self.inner().spoils
+    }
+
+    /// What is done to each connection before a Request is answered with it.
+    pub fn tamper<F>(&self, tamper: F)
+    where
+        F: Fn(&mut Connection) + Send + 'static,
+    {
+        *self.inner().tamper.lock() = Some(Box::new(tamper));
+    }
+
     fn inner(&self) -> &Inner {
         &self.0.0
     }
@@ -200,13 +227,8 @@ impl Inner {
 
     /// Ends all open streams with UNAVAILABLE.
     fn end_streams(&self) {
-        let text = "streams dropped by the test".to_owned();
-        let status = RpcStatus::with_message(Code::UNAVAILABLE, text);
-        self.monitors.end_streams(&status);
-        self.registry.end_streams(&status);
-        for find in self.finds.lock().drain(..) {
-            find.end(status.clone());
-        }
+        self.monitors.end_streams(&dropped());
+        self.end_finds(&dropped());
     }
 
     /// nsmgr's address for other nodes, which it gives the registry.

@@ -2,6 +2,7 @@
 //! full lists at the begin of each stream and at every event, as Meridio's NSP
 //! sends them, over mTLS on TCP.
 
+mod faults;
 pub(crate) mod feed;
 
 use std::collections::BTreeMap;
@@ -28,6 +29,9 @@ use parking_lot::{Condvar, Mutex};
 use protobuf::MessageField;
 use protobuf::well_known_types::empty::Empty;
 
+use crate::fault::dropped;
+use crate::spoil::Spoils;
+use crate::wire::Wire;
 use feed::Feed;
 
 /// How long a stop waits for running calls.
@@ -38,11 +42,12 @@ const STOP_LIMIT: Duration = Duration::from_millis(200);
 pub struct Nsp {
     shared: Arc<Shared>,
     // Beside what its handlers share, so that the last clone ends it.
-    server: Arc<Mutex<Option<TlsServer>>>,
+    server: Arc<Mutex<Option<(Wire, TlsServer)>>>,
 }
 
 struct Shared {
     trench: String,
+    spoils: Spoils,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -51,6 +56,7 @@ struct Shared {
 struct State {
     vips: Vec<String>,
     begins_empty: bool,
+    refusal: Option<RpcStatus>,
     vip_watches: Vec<Watch<Vip, VipResponse>>,
     /// All watches of VIPs that were ever opened.
     vip_watches_seen: Vec<Vip>,
@@ -76,6 +82,7 @@ impl Nsp {
         Self {
             shared: Arc::new(Shared {
                 trench: trench.to_owned(),
+                spoils: Spoils::default(),
                 state: Mutex::new(State::default()),
                 changed: Condvar::new(),
             }),
@@ -97,9 +104,10 @@ impl Nsp {
             health_service(),
         ];
         let peers = PeerTable::default();
+        let (wire, listener) = Wire::tcp(listener).map_err(|error| format!("NSP: {error}"))?;
         let server = TlsServer::start_tcp(threads, rpc, svid, listener, peers, services)
             .map_err(|error| format!("NSP: {error:?}"))?;
-        *self.server.lock() = Some(server);
+        *self.server.lock() = Some((wire, server));
         Ok(())
     }
 
@@ -107,7 +115,8 @@ impl Nsp {
     pub fn stop(&self) {
         let server = self.server.lock().take();
         self.close_streams();
-        if let Some(server) = server {
+        if let Some((wire, server)) = server {
+            drop(wire);
             server.stop(clock::now() + STOP_LIMIT);
         }
     }
@@ -125,6 +134,11 @@ impl Nsp {
         self.shared.send_vips(&self.shared.state.lock());
     }
 
+    /// Which lists are spoilt: WatchVip's, by the path of that method.
+    pub fn spoils(&self) -> &Spoils {
+        &self.shared.spoils
+    }
+
     /// While set, a new stream begins with an empty list, as with an NSP that
     /// has not read its configuration yet; the next `set_vips` or
     /// `repeat_vips` sends the real one.
@@ -134,7 +148,10 @@ impl Nsp {
 
     /// Ends all streams with UNAVAILABLE.
     pub fn drop_streams(&self) {
-        let status = RpcStatus::with_message(RpcStatusCode::UNAVAILABLE, "dropped".to_owned());
+        self.end_streams(&dropped());
+    }
+
+    fn end_streams(&self, status: &RpcStatus) {
         let mut state = self.shared.state.lock();
         for watch in state.vip_watches.drain(..) {
             watch.feed.push(Out::Fail(status.clone()));
@@ -245,10 +262,12 @@ impl Shared {
         let vips = all
             .filter(|vip| matches && (filter.name.is_empty() || filter.name == vip.name))
             .collect();
-        VipResponse {
+        let mut list = VipResponse {
             vips,
             ..VipResponse::default()
-        }
+        };
+        self.spoils.apply(method::WATCH_VIP.name, &mut list);
+        list
     }
 
     fn send_targets(&self, state: &State) {
@@ -265,6 +284,11 @@ fn configuration(shared: &Arc<Shared>) -> Service {
     let watch = move |context: RpcContext<'_>, request: Vip, sink| {
         let feed = Feed::new();
         let mut state = nsp.state.lock();
+        if let Some(status) = state.refusal.clone() {
+            feed.push(Out::Fail(status));
+            context.spawn(stream(feed, sink));
+            return;
+        }
         let first = if state.begins_empty {
             VipResponse::default()
         } else {

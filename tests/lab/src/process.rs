@@ -38,6 +38,8 @@ pub struct DaemonOptions {
     pub hosts: Vec<(IpAddr, String)>,
     /// Also write the log to this file, one after the other's.
     pub log: Option<PathBuf>,
+    /// The soft and the hard limit of descriptors; else those of the test.
+    pub descriptors: Option<(u64, u64)>,
     /// Holds the pod's `/tmp` and `/etc/hosts`, kept over restarts as an
     /// emptyDir volume is.
     pub dir: PathBuf,
@@ -94,6 +96,7 @@ impl Daemon {
             .stderr(writer);
         let pod = Pod::new(
             &options.netns,
+            options.descriptors,
             [
                 (&binary, &program),
                 (&hosts, Path::new("/etc/hosts")),
@@ -340,17 +343,24 @@ fn hosts_file(hosts: &[(IpAddr, String)]) -> String {
 /// What a child enters before it becomes the daemon.
 struct Pod {
     netns: Netns,
+    descriptors: Option<libc::rlimit>,
     binds: [(CString, CString); 3],
 }
 
 impl Pod {
     /// `binds`: what is shown where.
-    fn new(netns: &Netns, binds: [(&Path, &Path); 3]) -> io::Result<Self> {
+    fn new(
+        netns: &Netns,
+        descriptors: Option<(u64, u64)>,
+        binds: [(&Path, &Path); 3],
+    ) -> io::Result<Self> {
         let text = |path: &Path| CString::new(path.as_os_str().as_bytes());
         let bind = |(from, to)| Ok::<_, io::Error>((text(from)?, text(to)?));
         let [program, hosts, tmp] = binds;
         Ok(Self {
             netns: netns.clone(),
+            descriptors: descriptors
+                .map(|(rlim_cur, rlim_max)| libc::rlimit { rlim_cur, rlim_max }),
             binds: [bind(program)?, bind(hosts)?, bind(tmp)?],
         })
     }
@@ -361,6 +371,10 @@ impl Pod {
         unsafe {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
             check(libc::unshare(libc::CLONE_NEWNS))?;
+        }
+        if let Some(limit) = &self.descriptors {
+            // SAFETY: setrlimit reads the live `limit`.
+            check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, limit) })?;
         }
         netns::enter(self.netns.raw())?;
         mount(None, c"/", None, libc::MS_REC | libc::MS_PRIVATE)?;

@@ -3,6 +3,8 @@
 //! registry/common/{expire,authorize}, tools/matchutils). nsmgr stands before
 //! it and calls it directly, with tokens as if over the wire.
 
+mod forget;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};

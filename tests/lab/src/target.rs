@@ -130,6 +130,11 @@ impl Target {
         self.mesh.close(&self.connection_id())
     }
 
+    /// Forgets what the mesh told, as a new process does.
+    pub fn forget(&self) {
+        self.state.lock().context = IPContext::default();
+    }
+
     /// Its own addresses, which load balancers send to.
     #[must_use]
     pub fn addresses(&self) -> Vec<IpAddr> {

@@ -34,9 +34,11 @@ use crate::veth::VethDatapath;
 use crate::workdir::WorkDir;
 
 mod options;
+mod peers;
 mod waits;
 
 pub use options::TopologyOptions;
+pub use peers::Peer;
 
 /// How long one change may take until it is seen in the kernel.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -231,6 +233,7 @@ impl Topology {
             netns: self.pod.clone(),
             hosts: vec![(service, nsp_name), (service, "ipam-service".to_owned())],
             log: process::log_file(),
+            descriptors: options.descriptors,
             dir: self.dir.path().to_owned(),
         });
         self.daemon = Some(started.map_err(text)?);

@@ -19,6 +19,7 @@ fn shell(dir: &Path, script: &str) -> Daemon {
         netns: Netns::new("pod").unwrap(),
         hosts: vec![("10.0.0.9".parse().unwrap(), "nsp.example".to_owned())],
         log: None,
+        descriptors: None,
         dir: dir.to_owned(),
     })
     .unwrap()
@@ -76,6 +77,7 @@ fn a_missing_binary_is_an_error() {
         netns: Netns::new("pod").unwrap(),
         hosts: Vec::new(),
         log: None,
+        descriptors: None,
         dir: dir.path().to_owned(),
     };
     let error = Daemon::start(&options).err().unwrap();

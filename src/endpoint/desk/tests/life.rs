@@ -1,6 +1,7 @@
 //! Connections that come, stay and go.
 
 use super::*;
+use crate::proto::connectioncontext::Route;
 
 #[test]
 fn a_first_request_is_answered_completely() {
@@ -14,6 +15,7 @@ fn a_first_request_is_answered_completely() {
         .mut_or_insert_default()
         .path_segments[2]
         .name = "somebody".to_owned();
+    what_others_put_in(request.connection.mut_or_insert_default());
     let asked = request.connection.clone().unwrap();
     let mut awaited = bench.send(request);
     assert!(answered(&mut awaited).is_none() && bench.facts().is_empty());
@@ -52,6 +54,7 @@ fn a_first_request_is_answered_completely() {
     let fact = format!("target connection {own} is up on {ifname}, peers 172.16.0.2");
     assert_eq!(bench.facts(), [fact]);
     assert_eq!(bench.ipam_log(), ["acquire t1"]);
+    assert_all_else_is_as_asked(asked, answer);
     let events = drain(&outlet).0;
     assert!(
         events[0].connections.is_empty(),
@@ -59,6 +62,37 @@ fn a_first_request_is_answered_completely() {
     );
     let told = &events[1].connections[&own];
     assert_eq!((told.id.as_str(), told.path.index), (own.as_str(), 2));
+}
+
+/// Fields that are none of ours.
+fn what_others_put_in(connection: &mut Connection) {
+    "us".clone_into(&mut connection.network_service_endpoint_name);
+    let context = connection.context.mut_or_insert_default();
+    context.dns_context.mut_or_insert_default();
+    let ip = context.ip_context.mut_or_insert_default();
+    ip.excluded_prefixes.push("10.96.0.0/16".to_owned());
+    ip.src_routes.push(Route::default());
+    let segments = &mut connection.path.mut_or_insert_default().path_segments;
+    let metrics = &mut segments[0].metrics;
+    metrics.insert("client_interface".to_owned(), "nsm-0".to_owned());
+}
+
+/// Puts what we answer into the request; then the two are equal.
+fn assert_all_else_is_as_asked(mut asked: Connection, answer: Connection) {
+    asked.state = answer.state;
+    asked.mechanism = answer.mechanism.clone();
+    let (to, from) = (asked.context.mut_or_insert_default(), &answer.context);
+    to.MTU = from.MTU;
+    let (to, from) = (to.ip_context.mut_or_insert_default(), &from.ip_context);
+    to.src_ip_addrs.clone_from(&from.src_ip_addrs);
+    to.dst_ip_addrs.clone_from(&from.dst_ip_addrs);
+    to.extra_prefixes.clone_from(&from.extra_prefixes);
+    let segments = &mut asked.path.mut_or_insert_default().path_segments;
+    let (renewed, own) = (&answer.path.path_segments[1], &answer.path.path_segments[2]);
+    segments[1].token.clone_from(&renewed.token);
+    segments[1].expires = renewed.expires.clone();
+    segments[2] = own.clone();
+    assert_eq!(answer, asked);
 }
 
 /// The interface, and the namespace that it goes to.

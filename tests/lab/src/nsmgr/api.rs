@@ -278,7 +278,7 @@ impl Inner {
     }
 
     /// Registers an LB, and again at a third of its life.
-    fn keep_lb(&self, name: &str) -> Result<(), RpcError> {
+    pub(super) fn keep_lb(&self, name: &str) -> Result<(), RpcError> {
         let (lb, period) = {
             let state = self.state.lock();
             let lb = state.lbs.get(name).filter(|lb| lb.alive).cloned();

@@ -67,7 +67,12 @@ impl Inner {
         self.compare(&connection, known.as_ref());
         let result = self.establish(call, connection, &request.mechanism_preferences);
         match result {
-            Ok(connection) => Ok(Answer(connection, None)),
+            Ok(mut connection) => {
+                if let Some(tamper) = &*self.tamper.lock() {
+                    tamper(&mut connection);
+                }
+                Ok(Answer(connection, None))
+            }
             Err(error) => {
                 self.state.lock().netns.remove(&id);
                 if known.is_some() {

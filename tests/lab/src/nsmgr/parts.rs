@@ -102,6 +102,14 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Waits until it is open, however long that takes.
+    pub fn open(&self) {
+        let mut shut = self.shut.lock();
+        while *shut {
+            self.changed.wait(&mut shut);
+        }
+    }
+
     /// Waits until it is open; false after `deadline`.
     pub fn pass(&self, deadline: Instant) -> bool {
         let mut shut = self.shut.lock();

@@ -16,6 +16,7 @@ use meridio_proxy::rpc::method;
 use meridio_proxy::rpc::status::{Code, RpcError};
 use meridio_proxy::spiffe::jwt::Token;
 use meridio_proxy::sync::clock;
+use protobuf::Message;
 
 use super::Inner;
 use super::parts::{detach, remaining};
@@ -118,7 +119,7 @@ fn unary<Req, Resp>(
 ) -> ServiceBuilder
 where
     Req: Send + 'static,
-    Resp: Send + 'static,
+    Resp: Message,
 {
     let inner = inner.clone();
     let what = method.name;
@@ -141,8 +142,9 @@ where
         };
         detach("lab-call", move || {
             let late = || RpcError::status(Code::DEADLINE_EXCEEDED, "held back by the test");
-            let result = if inner.gate.pass(call.deadline) && ticket.wait(call.deadline) {
-                run(&inner, &call, request)
+            let mut result = if inner.gate.pass(call.deadline) && ticket.wait(call.deadline) {
+                let admitted = inner.troubles.admit(what, call.deadline);
+                admitted.and_then(|()| run(&inner, &call, request))
             } else {
                 Err(late())
             };
@@ -153,6 +155,9 @@ where
                 )
             {
                 inner.notes.refuse(what, &error.to_string());
+            }
+            if let Ok(Answer(message, _)) = &mut result {
+                inner.spoils.apply(what, message);
             }
             answer(sink, result);
             drop(ticket);
@@ -190,7 +195,7 @@ fn stream<Req, Resp>(
 ) -> ServiceBuilder
 where
     Req: 'static,
-    Resp: Send + 'static,
+    Resp: Message,
 {
     let inner = inner.clone();
     let what = method.name;
@@ -198,10 +203,18 @@ where
         method,
         move |context: RpcContext<'_>, request, sink: ServerStreamingSink<Resp>| {
             let Some(inner) = inner.upgrade() else { return };
-            let opened =
-                incoming(&inner, &context, false).and_then(|call| open(&inner, &call, request));
+            let opened = incoming(&inner, &context, false).and_then(|call| {
+                inner.troubles.admit_stream(what)?;
+                open(&inner, &call, request)
+            });
             match opened {
-                Ok(outbox) => outbox.serve(&context, sink),
+                Ok(outbox) => {
+                    let mut spoilt = Resp::new();
+                    if inner.spoils.apply(what, &mut spoilt) {
+                        outbox.push(spoilt);
+                    }
+                    outbox.serve(&context, sink);
+                }
                 Err(error) => {
                     note_arrival(&inner, what, &error);
                     let outbox = Outbox::default();

@@ -61,6 +61,21 @@ pub struct TargetEvent {
 pub struct Targets(Mutex<BTreeMap<String, Arc<Mutex<Option<Target>>>>>);
 
 impl Targets {
+    /// Forgets a target without a Close.
+    pub(super) fn forget(&self, id: &str) {
+        let gone = self.0.lock().remove(id);
+        drop(gone);
+    }
+
+    /// A target takes its connection for DOWN, as when its monitor ends.
+    pub(super) fn lose_sight(&self, id: &str) {
+        let slot = self.0.lock().get(id).cloned();
+        let Some(slot) = slot else { return };
+        if let Some(target) = slot.lock().as_ref() {
+            target.down.store(true, Ordering::Release);
+        }
+    }
+
     /// Forgets all targets without a Close.
     pub(super) fn clear(&self) {
         let all = std::mem::take(&mut *self.0.lock());

@@ -10,6 +10,7 @@ use super::*;
 use crate::path::client_id;
 use crate::policy::unknown;
 use meridio_proxy::proto::connection::{Connection, ConnectionEventType, State};
+use meridio_proxy::rpc::status::Code;
 use rig::{LB_SERVICE, LIMIT, PROXY_SERVICE, Rig, event, find, find_event, soon};
 
 /// A first answer's path, labels, and the pair that was made.

@@ -14,6 +14,7 @@ use meridio_proxy::sync::thread::{STACK_SMALL, Threads};
 use super::relay;
 use super::session::{self, Alpn, Role};
 use super::socket::{FdQueue, FdSocket, FdTable};
+use crate::nsmgr::parts::Gate;
 
 /// Dials with an identity; a new connection each time, as NSM's SDK does.
 #[derive(Clone)]
@@ -54,7 +55,7 @@ impl Dialer {
         let table = Arc::clone(&files);
         Threads::unsupervised()
             .spawn("lab-tls", STACK_SMALL, move |_| {
-                relay::run(tls, local);
+                relay::run(tls, local, &Gate::default());
                 table.close();
             })
             .map_err(io)?

@@ -8,6 +8,7 @@ use meridio_proxy::sync::poll::{self, Interest};
 use openssl::ssl::{Error, ErrorCode, SslStream};
 
 use super::socket::FdSocket;
+use crate::nsmgr::parts::Gate;
 
 const CHUNK: usize = 16 * 1024;
 
@@ -46,11 +47,12 @@ enum Moved {
     End,
 }
 
-/// Relays until one side ends; returns why.
-pub fn run(mut tls: SslStream<FdSocket>, mut local: UnixStream) -> String {
+/// Relays until one side ends; returns why. Stands still while `gate` is shut.
+pub fn run(mut tls: SslStream<FdSocket>, mut local: UnixStream, gate: &Gate) -> String {
     let (mut inward, mut outward) = (Lane::new(), Lane::new());
     let raw = tls.get_ref().raw();
     loop {
+        gate.open();
         let mut tls_interest = interest(raw);
         let mut local_interest = interest(local.as_raw_fd());
         let mut progress = false;

@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use super::relay;
 use super::session::{self, Alpn, Role};
 use super::socket::{FdQueue, FdSocket, FdTable};
+use crate::nsmgr::parts::Gate;
 use crate::policy::Notes;
 
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -54,11 +55,16 @@ impl Peer {
 
 /// Finds the connection that a call came on, by `RpcContext::peer()`.
 #[derive(Clone, Default)]
-pub struct Peers(Arc<Mutex<HashMap<String, Arc<Peer>>>>);
+pub struct Peers(Arc<Mutex<HashMap<String, Arc<Peer>>>>, Arc<Gate>);
 
 impl Peers {
     pub fn lookup(&self, rpc_peer: &str) -> Option<Arc<Peer>> {
         self.0.lock().get(rpc_peer).cloned()
+    }
+
+    /// Accepts connections, and moves no byte of any, until `false`.
+    pub fn hold(&self, held: bool) {
+        self.1.set_shut(held);
     }
 
     /// Cuts all connections; their calls end with UNAVAILABLE.
@@ -169,6 +175,7 @@ impl Drop for TlsListener {
         }
         let _ = fs::remove_file(&self.path);
         self.shared.peers.cut_all();
+        self.shared.peers.hold(false);
         let Some(server) = self.shared.server.lock().take() else {
             return;
         };
@@ -199,6 +206,7 @@ fn is_departure(reason: &str) -> bool {
 }
 
 fn serve(stream: UnixStream, shared: &Shared) -> Result<(), String> {
+    shared.peers.1.open();
     let own = session::current(&shared.svid)?;
     let io = |error: std::io::Error| format!("socket: {error}");
     let (files, queue) = (Arc::new(FdTable::default()), FdQueue::default());
@@ -233,7 +241,7 @@ fn serve(stream: UnixStream, shared: &Shared) -> Result<(), String> {
         // here; nobody else uses or closes it.
         unsafe { server.add_channel_from_fd(for_grpc.into_raw_fd()) };
     }
-    relay::run(tls, local);
+    relay::run(tls, local, &shared.peers.1);
     shared.peers.remove(&key, &peer);
     files.close();
     Ok(())

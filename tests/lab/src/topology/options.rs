@@ -28,6 +28,8 @@ pub struct TopologyOptions {
     pub svid_lifetime: Duration,
     /// Settings of the daemon beside, or instead of, the usual ones.
     pub env: BTreeMap<String, String>,
+    /// The daemon's soft and hard limit of descriptors; else those of the test.
+    pub descriptors: Option<(u64, u64)>,
 }
 
 impl Default for TopologyOptions {
@@ -48,6 +50,7 @@ impl Default for TopologyOptions {
             token_lifetime: Duration::from_secs(600),
             svid_lifetime: Duration::from_secs(3600),
             env: BTreeMap::new(),
+            descriptors: None,
         }
     }
 }
