@@ -41,6 +41,7 @@ const CLEAR_TIMEOUT: Duration = Duration::from_secs(3);
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 
 mod look;
+mod words;
 
 /// The causes of warnings.
 mod cause {
@@ -183,12 +184,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         if self.reported.as_ref() == Some(&event) {
             debug!("{event}, still");
         } else {
-            let words = match event {
-                Event::PortExpected { .. } => "Connected network service endpoint: ",
-                Event::PortReleased { .. } => "Closed network service endpoint: ",
-                _ => "",
-            };
-            info!("{words}{event}");
+            info!("{}{event}", words::beginning(&event));
             self.reported = Some(event.clone());
         }
         self.shared.net.tell(event);
@@ -232,7 +228,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         if stop.is_set() {
             return Err(Failure::NotSent);
         }
-        debug!(id = self.template.id; "request: {}", describe(&plan));
+        debug!(id = self.template.id; "request: {}", words::plan(&plan));
         // What carries traffic is not given up for a word of the registry.
         let stands = matches!(plan, Plan::Refresh(_) | Plan::Adopt(_));
         let request = self.template.request(plan, &addresses, &ifname);
@@ -436,7 +432,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                     return;
                 };
                 if said != Monitored::Up {
-                    info!(id = self.template.id; "nsmgr reports: {}", tell(said));
+                    info!(id = self.template.id; "nsmgr reports: {}", words::state(said));
                 }
                 self.session.monitored(said, now);
             }
@@ -470,25 +466,6 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         if let Some(said) = self.troubles.over(causes) {
             info!(id = self.template.id; "well again after: {said}");
         }
-    }
-}
-
-fn describe(plan: &Plan<Connection>) -> &'static str {
-    match plan {
-        Plan::First => "first",
-        Plan::Refresh(_) => "refresh",
-        Plan::Adopt(_) => "a predecessor's connection, as it is",
-        Plan::Reselect(_) => "reselect",
-    }
-}
-
-fn tell(said: Monitored) -> &'static str {
-    match said {
-        Monitored::Up => "up",
-        Monitored::Down => "down",
-        Monitored::Deleted => "deleted",
-        Monitored::RefreshRequested => "refresh requested",
-        Monitored::Absent => "not known",
     }
 }
 
