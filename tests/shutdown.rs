@@ -338,7 +338,7 @@ fn with_every_peer_gone_the_stop_still_fits_into_its_budget() {
     // A Close that the stop does not wait for is no trouble of its own.
     let closes: Vec<&Value> = lines
         .iter()
-        .filter(|line| line["message"].as_str().unwrap().contains("Close"))
+        .filter(|line| line["message"].as_str().unwrap().starts_with("Close "))
         .collect();
     assert_eq!(closes.len(), 2, "{closes:?}");
     assert!(
