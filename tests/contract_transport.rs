@@ -13,6 +13,8 @@ mod calls;
 mod descriptors;
 #[path = "transport/endings.rs"]
 mod endings;
+#[path = "transport/greedy.rs"]
+mod greedy;
 #[path = "transport/hostile.rs"]
 mod hostile;
 #[path = "transport/rotation.rs"]
