@@ -7,6 +7,8 @@ mod rig;
 #[path = "transport/tap.rs"]
 mod tap;
 
+#[path = "transport/answers.rs"]
+mod answers;
 #[path = "transport/calls.rs"]
 mod calls;
 #[path = "transport/descriptors.rs"]
