@@ -9,6 +9,8 @@ mod rig;
 #[path = "transport/tap.rs"]
 mod tap;
 
+#[path = "transport/answers.rs"]
+mod answers;
 #[path = "transport/calls.rs"]
 mod calls;
 #[path = "transport/descriptors.rs"]
@@ -17,6 +19,8 @@ mod descriptors;
 mod dialling;
 #[path = "transport/endings.rs"]
 mod endings;
+#[path = "transport/greedy.rs"]
+mod greedy;
 #[path = "transport/hostile.rs"]
 mod hostile;
 #[path = "transport/rotation.rs"]

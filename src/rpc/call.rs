@@ -1,15 +1,19 @@
 //! Unary calls: with a deadline, stoppable, and, where one thread has many in
 //! flight, answered by a callback on the gRPC poll thread.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
 use crossbeam_channel::{bounded, select};
+use futures_util::Stream;
 use futures_util::future::poll_fn;
 use futures_util::task::AtomicWaker;
-use grpcio::{CallOption, Channel, Client, ClientUnaryReceiver, Metadata, MetadataBuilder, Method};
+use grpcio::{
+    CallOption, Channel, Client, ClientSStreamReceiver, Metadata, MetadataBuilder, Method,
+};
 
 use super::status::RpcError;
 use crate::sync::stop::Stop;
@@ -133,8 +137,10 @@ where
 {
     let client = Client::new(channel.clone());
     let started = options.unary().and_then(|option| {
+        // As a stream: grpcio's own unary call panics on a peer that answers OK
+        // without a message.
         client
-            .unary_call_async(method, request, option)
+            .server_streaming(method, request, option)
             .map_err(RpcError::from)
     });
     let receiver = match started {
@@ -150,47 +156,37 @@ where
     guard
 }
 
-async fn finish<Resp: Unpin>(
-    mut receiver: ClientUnaryReceiver<Resp>,
+/// The one message that a unary call brings. A peer may send none, or more.
+async fn finish<Resp>(
+    mut receiver: ClientSStreamReceiver<Resp>,
     flag: &Flag,
 ) -> Result<Reply<Resp>, RpcError> {
-    let mut cancelled = false;
-    let headers = {
-        // The receiver is polled through one of its own futures; cancelling
-        // needs it back, so the future is made anew after that.
-        let first = poll_until_raised(&mut receiver, flag).await;
-        match first {
-            Some(result) => result,
-            None => {
-                cancelled = true;
-                receiver.cancel();
-                receiver.headers().await.cloned()
+    let mut answer = None;
+    loop {
+        let next = poll_fn(|context| {
+            if let Poll::Ready(next) = Pin::new(&mut receiver).poll_next(context) {
+                return Poll::Ready(Some(next));
             }
+            if flag.is_raised(context) {
+                return Poll::Ready(None);
+            }
+            Poll::Pending
+        })
+        .await;
+        match next {
+            // Dropping an unfinished receiver cancels the call.
+            None => return Err(RpcError::Cancelled),
+            Some(Some(message)) => {
+                if answer.replace(message?).is_some() {
+                    return Err(RpcError::Undecodable("there is more than one".to_owned()));
+                }
+            }
+            Some(None) => break,
         }
-    };
-    if cancelled {
-        return Err(RpcError::Cancelled);
     }
-    let headers = headers?;
-    let message = receiver.message().await?;
+    let message = answer.ok_or_else(|| RpcError::Undecodable("there is none".to_owned()))?;
+    let headers = receiver.headers().await?.clone();
     Ok(Reply { message, headers })
-}
-
-async fn poll_until_raised<Resp>(
-    receiver: &mut ClientUnaryReceiver<Resp>,
-    flag: &Flag,
-) -> Option<Result<Metadata, grpcio::Error>> {
-    let mut headers = Box::pin(async { receiver.headers().await.cloned() });
-    poll_fn(|context| {
-        if let Poll::Ready(result) = headers.as_mut().poll(context) {
-            return Poll::Ready(Some(result));
-        }
-        if flag.is_raised(context) {
-            return Poll::Ready(None);
-        }
-        Poll::Pending
-    })
-    .await
 }
 
 /// Makes a unary call and waits for its end, its deadline, or `stop`.

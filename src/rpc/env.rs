@@ -7,19 +7,28 @@ use std::time::Duration;
 
 use grpcio::{ChannelBuilder, EnvBuilder, Environment, ResourceQuota, ServerBuilder};
 
-/// Metadata that a peer may send. The C core's own soft limit of 8 KiB rejects
+/// Metadata that an answer may have. The C core's own soft limit of 8 KiB rejects
 /// at random above it, while NSM carries its path with all tokens as JSON in
 /// one header; grpc-go allows 16 MiB.
 const METADATA_MAX: i32 = 1024 * 1024;
-/// Largest message taken from a peer: grpc-go's default.
+/// Largest answer taken from a peer: grpc-go's default.
 const MESSAGE_MAX: i32 = 4 * 1024 * 1024;
-/// Memory that all calls of one server together may use for buffers.
-const SERVER_MEMORY: usize = 32 * 1024 * 1024;
+/// Memory that all calls of one server together may use for buffers. Where it
+/// runs out the C core ends calls and connections of whichever peer, so what
+/// one connection can use must stay well below: [`STREAMS_MAX`] times
+/// [`REQUEST_MAX`] and [`REQUEST_METADATA_MAX`].
+const SERVER_MEMORY: usize = 64 * 1024 * 1024;
+/// Largest message to our servers. A Request with ten hops has some 20 KiB.
+pub const REQUEST_MAX: usize = 128 * 1024;
+/// Metadata of a call to our servers: NSM's token has some 1 KiB.
+const REQUEST_METADATA_MAX: i32 = 64 * 1024;
 /// Calls that a server asks for in advance; with the default of 1 024 a
-/// shutdown can take seconds (tikv/grpc-rs#674).
-const REQUEST_SLOTS: usize = 32;
+/// shutdown can take seconds (tikv/grpc-rs#674). A call keeps its slot until its
+/// request is complete, so one connection must not be able to take them all:
+/// more than [`STREAMS_MAX`].
+const REQUEST_SLOTS: usize = 320;
 /// Streams that one connection to our servers may have open.
-const STREAMS_MAX: i32 = 256;
+pub const STREAMS_MAX: usize = 256;
 
 /// The two gRPC environments: one poll thread each, so that a burst of answers
 /// to our own calls never delays a peer's request, nor the other way round.
@@ -71,7 +80,12 @@ impl Rpc {
     #[must_use]
     pub fn server(&self) -> ServerBuilder {
         let args = common(ChannelBuilder::new(Arc::clone(&self.server)))
-            .max_concurrent_stream(STREAMS_MAX)
+            .max_concurrent_stream(int(STREAMS_MAX))
+            .max_receive_message_len(int(REQUEST_MAX))
+            .raw_cfg_int(key("grpc.max_metadata_size"), REQUEST_METADATA_MAX)
+            .raw_cfg_int(key("grpc.absolute_max_metadata_size"), REQUEST_METADATA_MAX)
+            // Or a stream's window grows with what a peer sends.
+            .raw_cfg_int(key("grpc.http2.bdp_probe"), 0)
             .set_resource_quota(ResourceQuota::new(None).resize_memory(SERVER_MEMORY))
             .build_args();
         ServerBuilder::new(Arc::clone(&self.server))
@@ -91,6 +105,10 @@ fn common(builder: ChannelBuilder) -> ChannelBuilder {
         .max_receive_message_len(MESSAGE_MAX)
         .raw_cfg_int(key("grpc.max_metadata_size"), METADATA_MAX)
         .raw_cfg_int(key("grpc.absolute_max_metadata_size"), METADATA_MAX)
+}
+
+fn int(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
 }
 
 fn key(name: &str) -> CString {

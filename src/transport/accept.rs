@@ -10,6 +10,7 @@ use grpcio::Server;
 use log::{debug, error, info, warn};
 use parking_lot::Mutex;
 
+use super::allowance::Allowance;
 use super::complaints::Complaints;
 use super::descriptors::{self, Bounds};
 use super::fd_socket::Socket;
@@ -269,6 +270,7 @@ impl Acceptor {
         }
         let (ours, grpcs) = pair().map_err(|error| format!("making a socket pair: {error}"))?;
         let mut link = Link::new(session.stream, ours, false, Arc::clone(self.relay.wake()));
+        link.set_allowance(Allowance::new(session.peer.id.as_str()));
         let connection = Arc::new(PeerConnection::new(
             session.peer,
             session.identity,

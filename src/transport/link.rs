@@ -13,6 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use log::warn;
 use openssl::ssl::{ErrorCode, SslStream};
 
+use super::allowance::Allowance;
 use super::buffer::Buffer;
 use super::fd_socket::{FdQueue, FdSocket};
 use super::frames::{Seen, Walker};
@@ -100,6 +101,8 @@ pub(super) struct Link {
     up: Buffer,
     down: Buffer,
     walker: Option<Walker>,
+    /// What a client may send to our server.
+    allowance: Option<Allowance>,
     read_wants_write: bool,
     /// Why nothing more can be written; what the peer sent before is still
     /// read. OpenSSL must not be asked to write again.
@@ -140,6 +143,7 @@ impl Link {
             up: Buffer::new(),
             down: Buffer::new(),
             walker: is_client.then(Walker::new),
+            allowance: None,
             read_wants_write: false,
             write_failed: None,
             phase: Phase::Open,
@@ -152,6 +156,11 @@ impl Link {
 
     pub(super) fn handle(&self) -> &Arc<LinkHandle> {
         &self.handle
+    }
+
+    /// Ends the link when the peer sends more than this allows.
+    pub(super) fn set_allowance(&mut self, allowance: Allowance) {
+        self.allowance = Some(allowance);
     }
 
     pub(super) fn set_on_end(&mut self, on_end: OnEnd) {
@@ -293,6 +302,14 @@ impl Link {
             return;
         }
         let bytes = self.down.filled(count);
+        if let Some(allowance) = &mut self.allowance
+            && let Err(excess) = allowance.scan(bytes)
+        {
+            warn!(peer = allowance.peer(); "the connection is cut: {excess}");
+            self.down.clear();
+            self.peer_gone("the peer sent more than it may", now);
+            return;
+        }
         let Some(walker) = &mut self.walker else {
             return;
         };

@@ -19,6 +19,7 @@
 //! `frames` sees the peer's first SETTINGS and its GOAWAY.
 
 mod accept;
+mod allowance;
 mod buffer;
 pub mod client;
 mod complaints;

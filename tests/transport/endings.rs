@@ -297,8 +297,9 @@ fn an_answer_given_before_the_stop_arrives() {
         let path = rig.path("s.sock");
         let (taken, took) = bounded(1);
         let service = ServiceBuilder::new()
-            .add_unary_handler(&NS_REGISTER, move |context, request, sink| {
+            .add_unary_handler(&NS_REGISTER, move |context, mut request, sink| {
                 let _ = taken.try_send(());
+                request.name = request.name.repeat(3);
                 let answered = sink.success(request);
                 context.spawn(async move {
                     let _ = answered.await;
@@ -312,7 +313,7 @@ fn an_answer_given_before_the_stop_arrives() {
         let connector = rig.connect_unix(rig.client_cell(), &path);
         let connection = rig.acquire(&connector);
         std::thread::scope(|scope| {
-            let name = "n".repeat(300_000);
+            let name = "n".repeat(100_000);
             let (rig, connection) = (&rig, &connection);
             let call = scope.spawn(move || rig.echo(connection, &name, &[]));
             took.recv_deadline(soon()).unwrap();

@@ -380,7 +380,7 @@ fn client_ssl(rig: &Rig, version: SslVersion) -> Ssl {
 }
 
 /// Its session; `None` when the handshake fails.
-fn verified(rig: &Rig, path: &Path, version: SslVersion) -> Option<SslStream<UnixStream>> {
+pub fn verified(rig: &Rig, path: &Path, version: SslVersion) -> Option<SslStream<UnixStream>> {
     let socket = UnixStream::connect(path).unwrap();
     socket
         .set_read_timeout(Some(Duration::from_secs(10)))

@@ -1,0 +1,198 @@
+//! What a verified peer may send in calls on one connection (RFC 9113).
+//!
+//! gRPC's C core buffers a message to its end before it compares its size with
+//! the limit, heeds the limit of concurrent streams only once the peer has
+//! acknowledged it, and, when the memory that all connections share runs out,
+//! ends calls of whichever peer (1.56: `message_size_filter.cc`,
+//! `chttp2/transport/parsing.cc`, `resource_quota/memory_quota.cc`). So one peer
+//! could starve the others; what goes beyond is found here, before it reaches
+//! the C core.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::rpc::env::{REQUEST_MAX, STREAMS_MAX};
+
+/// The preface of a connection, before its first frame.
+const PREFACE: usize = 24;
+const HEADER: usize = 9;
+const TYPE_DATA: u8 = 0;
+const TYPE_HEADERS: u8 = 1;
+const TYPE_RST_STREAM: u8 = 3;
+const FLAG_END_STREAM: u8 = 1;
+/// Payload of all DATA of a call: one message and its prefix. What is a little
+/// longer gRPC refuses in better words.
+const CALL_MAX: usize = 2 * REQUEST_MAX;
+/// Calls whose request is not complete.
+const UNFINISHED_MAX: usize = STREAMS_MAX;
+
+/// What a peer did beyond its allowance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Excess {
+    /// The request of one call is too long.
+    Bytes,
+    /// Too many calls wait for the rest of their request.
+    Calls,
+}
+
+impl fmt::Display for Excess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bytes => write!(f, "a call with more than {CALL_MAX} bytes"),
+            Self::Calls => write!(f, "more than {UNFINISHED_MAX} calls without their end"),
+        }
+    }
+}
+
+/// Walks over the frames that a client sends on one connection.
+#[derive(Debug)]
+pub(super) struct Allowance {
+    peer: String,
+    header: [u8; HEADER],
+    /// Bytes of the header that are there.
+    have: usize,
+    /// Bytes still to be skipped.
+    skip: usize,
+    /// The bytes of DATA of each call whose end has not come.
+    unfinished: BTreeMap<u32, usize>,
+}
+
+impl Allowance {
+    /// For a new connection of `peer`, which only the log uses.
+    pub(super) fn new(peer: &str) -> Self {
+        Self {
+            peer: peer.to_owned(),
+            header: [0; HEADER],
+            have: 0,
+            skip: PREFACE,
+            unfinished: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Takes the next bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the peer goes beyond what it may; then the connection shall end.
+    pub(super) fn scan(&mut self, mut bytes: &[u8]) -> Result<(), Excess> {
+        while !bytes.is_empty() {
+            let skipped = self.skip.min(bytes.len());
+            self.skip -= skipped;
+            bytes = &bytes[skipped..];
+            let take = (HEADER - self.have).min(bytes.len());
+            self.header[self.have..self.have + take].copy_from_slice(&bytes[..take]);
+            self.have += take;
+            bytes = &bytes[take..];
+            if self.have == HEADER {
+                self.frame()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn frame(&mut self) -> Result<(), Excess> {
+        let [high, middle, low, kind, flags, id @ ..] = self.header;
+        self.have = 0;
+        self.skip = (usize::from(high) << 16) | (usize::from(middle) << 8) | usize::from(low);
+        // The first bit is reserved.
+        let id = u32::from_be_bytes(id) & (u32::MAX >> 1);
+        match kind {
+            TYPE_HEADERS => {
+                self.unfinished.entry(id).or_default();
+            }
+            TYPE_DATA => {
+                let sent = self.unfinished.entry(id).or_default();
+                *sent += self.skip;
+                if *sent > CALL_MAX {
+                    return Err(Excess::Bytes);
+                }
+            }
+            TYPE_RST_STREAM => {
+                self.unfinished.remove(&id);
+            }
+            _ => return Ok(()),
+        }
+        if kind != TYPE_RST_STREAM && flags & FLAG_END_STREAM != 0 {
+            self.unfinished.remove(&id);
+        }
+        if self.unfinished.len() > UNFINISHED_MAX {
+            return Err(Excess::Calls);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u8 = FLAG_END_STREAM;
+
+    fn frame(kind: u8, flags: u8, id: u32, payload: usize) -> Vec<u8> {
+        let length = u32::try_from(payload).unwrap().to_be_bytes();
+        let mut bytes = length[1..].to_vec();
+        bytes.extend([kind, flags]);
+        bytes.extend(id.to_be_bytes());
+        bytes.extend(vec![0; payload]);
+        bytes
+    }
+
+    /// What comes of these frames, however the bytes are cut.
+    fn scan(frames: &[Vec<u8>]) -> Result<(), Excess> {
+        let mut bytes = vec![b'P'; PREFACE];
+        bytes.extend(frames.concat());
+        let results = [1, 8, 9, 10, 1000, bytes.len()].map(|size| {
+            let mut allowance = Allowance::new("spiffe://td/a");
+            bytes
+                .chunks(size)
+                .try_for_each(|piece| allowance.scan(piece))
+        });
+        assert!(results.iter().all(|result| *result == results[0]));
+        results[0]
+    }
+
+    #[test]
+    fn a_call_is_bounded() {
+        let call = |id, sizes: &[usize]| {
+            let data = sizes.iter().map(move |size| frame(TYPE_DATA, 0, id, *size));
+            std::iter::once(frame(TYPE_HEADERS, 4, id, 60)).chain(data)
+        };
+        let half = CALL_MAX / 2;
+        let good: Vec<_> = call(1, &[half, half])
+            .chain(call(3, &[half, half]))
+            .collect();
+        assert_eq!(scan(&good), Ok(()));
+        let long: Vec<_> = call(1, &[half, half, 1]).collect();
+        assert_eq!(scan(&long), Err(Excess::Bytes));
+        // Neither the reserved bit nor the lack of headers makes it another.
+        let bit: Vec<_> = call(1, &[half])
+            .chain(call(1 << 31 | 1, &[half + 1]))
+            .collect();
+        assert_eq!(scan(&bit), Err(Excess::Bytes));
+    }
+
+    #[test]
+    fn unfinished_calls_are_bounded() {
+        let ids = || (0..=u32::try_from(UNFINISHED_MAX).unwrap()).map(|n| 2 * n + 1);
+        let open: Vec<_> = ids().map(|id| frame(TYPE_HEADERS, 4, id, 60)).collect();
+        assert_eq!(scan(&open), Err(Excess::Calls));
+        assert_eq!(scan(&open[1..]), Ok(()));
+        for end in [
+            frame(TYPE_DATA, END, 1, 10),
+            frame(TYPE_HEADERS, END, 1, 0),
+            frame(TYPE_RST_STREAM, 0, 1, 4),
+        ] {
+            let mut ended = open.clone();
+            ended.insert(1, end);
+            assert_eq!(scan(&ended), Ok(()));
+        }
+        let whole: Vec<_> = ids()
+            .flat_map(|id| [frame(TYPE_HEADERS, 4, id, 60), frame(TYPE_DATA, END, id, 9)])
+            .collect();
+        assert_eq!(scan(&[whole.clone(), whole].concat()), Ok(()));
+    }
+}
