@@ -2,28 +2,32 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use meridio_lab::pki::Pki;
+use crossbeam_channel::{Receiver, after, bounded, select};
+use meridio_lab::pki::{Pki, Svid};
 use meridio_proxy::nsm::caller::NsmCaller;
 use meridio_proxy::proto::connection::{Connection, MonitorScopeSelector};
 use meridio_proxy::proto::networkservice::NetworkServiceRequest;
 use meridio_proxy::rpc::env::Rpc;
 use meridio_proxy::rpc::method;
-use meridio_proxy::rpc::status::Code;
+use meridio_proxy::rpc::status::{Code, RpcError};
 use meridio_proxy::sync::clock;
 use meridio_proxy::sync::stop::stop_pair;
 use meridio_proxy::sync::thread::{STACK_SMALL, ThreadHandle, Threads};
 use meridio_proxy::transport::client::{Address, Connector, ConnectorOptions};
 use openssl::pkey::PKey;
-use openssl::ssl::{AlpnError, Ssl, SslContext, SslMethod, SslStream, select_next_proto};
+use openssl::ssl::{
+    AlpnError, Ssl, SslContext, SslMethod, SslStream, SslVerifyMode, select_next_proto,
+};
 use openssl::x509::X509;
 
 use crate::rig::{Directory, HOUR, soon};
 
 const PREFACE: usize = 24;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const ACK: u8 = 1;
@@ -44,13 +48,15 @@ struct Silent {
 }
 
 impl Silent {
-    fn accept(listener: &UnixListener, trust: &Pki) -> Self {
-        let svid = trust.issue(&trust.id("nsmgr"), HOUR);
+    /// Shows `svid`. Sessions could be resumed, and tickets are issued.
+    fn accept(listener: &UnixListener, svid: &Svid) -> Self {
         let mut context = SslContext::builder(SslMethod::tls()).unwrap();
         let leaf = X509::from_der(&svid.chain_der).unwrap();
         let key = PKey::private_key_from_pkcs8(&svid.key_pkcs8_der).unwrap();
         context.set_certificate(&leaf).unwrap();
         context.set_private_key(&key).unwrap();
+        context.set_session_id_context(b"nsmgr").unwrap();
+        context.set_verify_callback(SslVerifyMode::PEER, |_, _| true);
         context.set_alpn_select_callback(|_, offered| {
             select_next_proto(b"\x02h2", offered).ok_or(AlpnError::ALERT_FATAL)
         });
@@ -126,13 +132,13 @@ impl Silent {
 fn record(
     threads: &Threads,
     path: &Path,
-    trust: Pki,
+    svid: Svid,
     during: Duration,
-) -> (ThreadHandle, crossbeam_channel::Receiver<Vec<Frame>>) {
+) -> (ThreadHandle, Receiver<Vec<Frame>>) {
     let listener = UnixListener::bind(path).unwrap();
-    let (tx, frames) = crossbeam_channel::bounded(1);
+    let (tx, frames) = bounded(1);
     let thread = threads.spawn("silent-nsmgr", STACK_SMALL, move |_| {
-        let mut peer = Silent::accept(&listener, &trust);
+        let mut peer = Silent::accept(&listener, &svid);
         let until = clock::now() + during;
         let frames = std::iter::from_fn(|| peer.frame(until)).collect();
         let _ = tx.send(frames);
@@ -140,14 +146,28 @@ fn record(
     (thread.unwrap(), frames)
 }
 
+fn nsmgrs(trust: &Pki) -> Svid {
+    trust.issue(&trust.id("nsmgr"), HOUR)
+}
+
 struct World {
     threads: Threads,
     _rpc: Rpc,
     connector: Connector,
     caller: NsmCaller,
-    frames: crossbeam_channel::Receiver<Vec<Frame>>,
+    frames: Receiver<Vec<Frame>>,
     _peer: ThreadHandle,
     _directory: Directory,
+}
+
+fn to(path: PathBuf) -> ConnectorOptions {
+    ConnectorOptions {
+        name: "nsmgr",
+        address: Address::Unix(path),
+        authority: "localhost".to_owned(),
+        dial_timeout: Duration::from_secs(5),
+        backoff_max: Duration::from_secs(5),
+    }
 }
 
 fn world(during: Duration) -> World {
@@ -156,15 +176,8 @@ fn world(during: Duration) -> World {
     let path = directory.path("silent.sock");
     let trust = Pki::new("example.org");
     let cell = trust.cell(&trust.id("proxy"), HOUR);
-    let (peer, frames) = record(&threads, &path, trust, during);
-    let options = ConnectorOptions {
-        name: "nsmgr",
-        address: Address::Unix(path),
-        authority: "localhost".to_owned(),
-        dial_timeout: Duration::from_secs(5),
-        backoff_max: Duration::from_secs(5),
-    };
-    let connector = Connector::start(&threads, &rpc, cell, options).unwrap();
+    let (peer, frames) = record(&threads, &path, nsmgrs(&trust), during);
+    let connector = Connector::start(&threads, &rpc, cell, to(path)).unwrap();
     World {
         caller: NsmCaller::new(connector.clone(), HOUR),
         threads,
@@ -224,4 +237,78 @@ fn each_request_and_close_tells_its_deadline() {
         assert!(tells(b"grpc-timeout"), "as grpc-go reads it");
         world.connector.close(soon());
     }
+}
+
+/// nsmgr works on the calls for one connection in their order of arrival, so
+/// the end of one has to arrive before the next.
+#[test]
+fn a_call_that_is_given_up_ends_before_the_next_begins() {
+    const CALLS: usize = 20;
+    let world = world(Duration::from_secs(3));
+    let request = NetworkServiceRequest::default();
+    for _ in 0..CALLS {
+        let (stopper, stop) = stop_pair();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let moment = after(Duration::from_millis(20));
+                select! { recv(moment) -> _ => stopper.stop() }
+            });
+            let caller = &world.caller;
+            let none = Vec::new;
+            let given_up = caller.unary(&method::REQUEST, &request, &[], &none, soon(), &stop);
+            assert_eq!(given_up.err(), Some(RpcError::Cancelled));
+        });
+    }
+    let frames = world.frames.recv_timeout(WATCHED).unwrap();
+    let kinds: Vec<u8> = frames.iter().map(|frame| frame.kind).collect();
+    let calls: Vec<u8> = kinds
+        .into_iter()
+        .filter(|kind| matches!(*kind, HEADERS | RST_STREAM))
+        .collect();
+    // On a busy machine one may be over before it begins.
+    assert!(calls.len() >= CALLS, "{calls:?}");
+    for call in calls.chunks(2) {
+        assert_eq!(call, [HEADERS, RST_STREAM], "{calls:?}");
+    }
+    world.connector.close(soon());
+}
+
+/// A resumed session would keep the certificate of the one before (grpc-go then
+/// verifies tokens with that), and so the key that is no longer ours.
+#[test]
+fn a_new_svid_brings_a_handshake_of_its_own() {
+    let (threads, rpc) = (Threads::unsupervised(), Rpc::new());
+    let directory = Directory::new();
+    let path = directory.path("tickets.sock");
+    let trust = Pki::new("example.org");
+    let (id, svid) = (trust.id("proxy"), nsmgrs(&trust));
+    let cell = trust.cell(&id, HOUR);
+    let listener = UnixListener::bind(&path).unwrap();
+    let (tx, sessions) = bounded(2);
+    let _peer = threads
+        .spawn("silent-nsmgr", STACK_SMALL, move |stop| {
+            let mut open = Vec::new();
+            for _ in 0..2 {
+                let peer = Silent::accept(&listener, &svid);
+                let ssl = peer.tls.ssl();
+                let shown = ssl.peer_certificate().unwrap().to_der().unwrap();
+                tx.send((ssl.session_reused(), shown)).unwrap();
+                open.push(peer);
+            }
+            let _ = stop.wait(WATCHED);
+        })
+        .unwrap();
+    let connector = Connector::start(&threads, &rpc, cell.clone(), to(path)).unwrap();
+    let session = || {
+        let (reused, shown) = sessions.recv_deadline(soon()).unwrap();
+        assert!(!reused, "resumed");
+        assert_eq!(shown, cell.get().unwrap().svid.chain[0].to_der().unwrap());
+        shown
+    };
+    let first = session();
+    let (_stopper, stop) = stop_pair();
+    connector.acquire(soon(), &stop).unwrap();
+    trust.refill(&cell, &id, HOUR);
+    assert_ne!(session(), first);
+    connector.close(soon());
 }
