@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, after, bounded, select};
-use meridio_lab::pki::{Pki, Svid};
+use meridio_lab::pki::Pki;
 use meridio_proxy::nsm::caller::NsmCaller;
 use meridio_proxy::proto::connection::{Connection, MonitorScopeSelector};
 use meridio_proxy::proto::networkservice::NetworkServiceRequest;
@@ -48,20 +48,9 @@ struct Silent {
 }
 
 impl Silent {
-    /// Shows `svid`. Sessions could be resumed, and tickets are issued.
-    fn accept(listener: &UnixListener, svid: &Svid) -> Self {
-        let mut context = SslContext::builder(SslMethod::tls()).unwrap();
-        let leaf = X509::from_der(&svid.chain_der).unwrap();
-        let key = PKey::private_key_from_pkcs8(&svid.key_pkcs8_der).unwrap();
-        context.set_certificate(&leaf).unwrap();
-        context.set_private_key(&key).unwrap();
-        context.set_session_id_context(b"nsmgr").unwrap();
-        context.set_verify_callback(SslVerifyMode::PEER, |_, _| true);
-        context.set_alpn_select_callback(|_, offered| {
-            select_next_proto(b"\x02h2", offered).ok_or(AlpnError::ALERT_FATAL)
-        });
+    fn accept(listener: &UnixListener, context: &SslContext) -> Self {
         let (socket, _) = listener.accept().unwrap();
-        let ssl = Ssl::new(&context.build()).unwrap();
+        let ssl = Ssl::new(context).unwrap();
         let mut tls = SslStream::new(ssl, socket).unwrap();
         tls.accept().unwrap();
         let pause = Some(Duration::from_millis(100));
@@ -132,13 +121,13 @@ impl Silent {
 fn record(
     threads: &Threads,
     path: &Path,
-    svid: Svid,
+    context: SslContext,
     during: Duration,
 ) -> (ThreadHandle, Receiver<Vec<Frame>>) {
     let listener = UnixListener::bind(path).unwrap();
     let (tx, frames) = bounded(1);
     let thread = threads.spawn("silent-nsmgr", STACK_SMALL, move |_| {
-        let mut peer = Silent::accept(&listener, &svid);
+        let mut peer = Silent::accept(&listener, &context);
         let until = clock::now() + during;
         let frames = std::iter::from_fn(|| peer.frame(until)).collect();
         let _ = tx.send(frames);
@@ -146,8 +135,20 @@ fn record(
     (thread.unwrap(), frames)
 }
 
-fn nsmgrs(trust: &Pki) -> Svid {
-    trust.issue(&trust.id("nsmgr"), HOUR)
+/// nsmgr's side of TLS. It issues tickets, and its sessions can be resumed.
+fn context(trust: &Pki) -> SslContext {
+    let svid = trust.issue(&trust.id("nsmgr"), HOUR);
+    let mut context = SslContext::builder(SslMethod::tls()).unwrap();
+    let leaf = X509::from_der(&svid.chain_der).unwrap();
+    let key = PKey::private_key_from_pkcs8(&svid.key_pkcs8_der).unwrap();
+    context.set_certificate(&leaf).unwrap();
+    context.set_private_key(&key).unwrap();
+    context.set_session_id_context(b"nsmgr").unwrap();
+    context.set_verify_callback(SslVerifyMode::PEER, |_, _| true);
+    context.set_alpn_select_callback(|_, offered| {
+        select_next_proto(b"\x02h2", offered).ok_or(AlpnError::ALERT_FATAL)
+    });
+    context.build()
 }
 
 struct World {
@@ -176,7 +177,7 @@ fn world(during: Duration) -> World {
     let path = directory.path("silent.sock");
     let trust = Pki::new("example.org");
     let cell = trust.cell(&trust.id("proxy"), HOUR);
-    let (peer, frames) = record(&threads, &path, nsmgrs(&trust), during);
+    let (peer, frames) = record(&threads, &path, context(&trust), during);
     let connector = Connector::start(&threads, &rpc, cell, to(path)).unwrap();
     World {
         caller: NsmCaller::new(connector.clone(), HOUR),
@@ -281,7 +282,7 @@ fn a_new_svid_brings_a_handshake_of_its_own() {
     let directory = Directory::new();
     let path = directory.path("tickets.sock");
     let trust = Pki::new("example.org");
-    let (id, svid) = (trust.id("proxy"), nsmgrs(&trust));
+    let (id, context) = (trust.id("proxy"), context(&trust));
     let cell = trust.cell(&id, HOUR);
     let listener = UnixListener::bind(&path).unwrap();
     let (tx, sessions) = bounded(2);
@@ -289,7 +290,7 @@ fn a_new_svid_brings_a_handshake_of_its_own() {
         .spawn("silent-nsmgr", STACK_SMALL, move |stop| {
             let mut open = Vec::new();
             for _ in 0..2 {
-                let peer = Silent::accept(&listener, &svid);
+                let peer = Silent::accept(&listener, &context);
                 let ssl = peer.tls.ssl();
                 let shown = ssl.peer_certificate().unwrap().to_der().unwrap();
                 tx.send((ssl.session_reused(), shown)).unwrap();
