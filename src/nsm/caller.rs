@@ -26,7 +26,8 @@ const GOAWAY_LAG: Duration = Duration::from_millis(100);
 const CANCEL_LAG: Duration = Duration::from_millis(100);
 
 /// Where the answer to a call arrives.
-pub(super) type Answer<Resp> = Receiver<Result<Reply<Resp>, RpcError>>;
+pub(super) type Answer<Resp> = Receiver<Outcome<Resp>>;
+type Outcome<Resp> = Result<Reply<Resp>, RpcError>;
 /// Method, message, headers, and what makes the descriptors that go with it.
 pub(super) type Call<'a, Req, Resp> = (
     &'a Method<Req, Resp>,
@@ -93,7 +94,7 @@ impl NsmCaller {
         (method, request, headers, descriptors): Call<'_, Req, Resp>,
         deadline: Instant,
         stop: &Stop,
-        wait: &mut dyn FnMut(&Answer<Resp>) -> Option<Result<Reply<Resp>, RpcError>>,
+        wait: &mut dyn FnMut(&Answer<Resp>) -> Option<Outcome<Resp>>,
     ) -> Result<Reply<Resp>, RpcError>
     where
         Resp: Send + Unpin + 'static,
