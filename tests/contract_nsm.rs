@@ -8,6 +8,8 @@
     reason = "a test's way to fail"
 )]
 
+#[path = "nsm/frames.rs"]
+mod frames;
 #[path = "nsm/rig.rs"]
 mod rig;
 

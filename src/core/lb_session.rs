@@ -11,11 +11,19 @@
 //! opened again, and only if nsmgr has forgotten the connection is it told
 //! again, as a refresh, which leaves the interface alone; reselect follows if
 //! that fails.
+//!
+//! Before a reselect of what nsmgr may still hold, the session closes it, with
+//! a short deadline. nsmgr would do so itself within the Request, but towards a
+//! peer that is dead it waits there as long as the last good Request was allowed
+//! to take, and cannot be interrupted (sdk
+//! pkg/networkservice/common/begin/server.go).
 
+mod ending;
 mod messages;
 mod refresh;
 #[cfg(test)]
 mod tests;
+mod up;
 #[cfg(test)]
 mod walk;
 
@@ -27,12 +35,20 @@ use super::ids::{EndpointName, PortKey};
 use super::retry::{Backoff, Jitter};
 pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction, Stopping};
 use refresh::{LEAST, refresh_after, shortest};
+use up::{Monitor, Trouble, Up};
 
 /// Pause before a first Request is made again.
 pub const REQUEST_PAUSE: Duration = Duration::from_secs(10);
-/// Pauses between the attempts of a reselect, and of a refresh that fails.
+/// Pauses between the attempts of a reselect: an LB that is refused for long is
+/// asked seldom, until the registry has news of it.
 const HEAL_FIRST: Duration = Duration::from_millis(200);
-const HEAL_MOST: Duration = Duration::from_secs(2);
+const HEAL_MOST: Duration = Duration::from_secs(15);
+/// A registry whose news does not end makes the pauses start over once in this
+/// time.
+const NEWS_PAUSE: Duration = Duration::from_secs(5);
+/// Longest pause between the attempts of a refresh that fails: what carries
+/// traffic is not left to expire.
+const REFRESH_MOST: Duration = Duration::from_secs(2);
 /// Pauses before a monitor stream is opened again.
 const WATCH_FIRST: Duration = Duration::from_millis(500);
 const WATCH_MOST: Duration = Duration::from_secs(30);
@@ -46,32 +62,6 @@ const LOOKS: u32 = 3;
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
-enum Monitor {
-    Open,
-    Closed { reopen_at: Instant },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Trouble {
-    Down,
-    Lost,
-}
-
-#[derive(Debug)]
-struct Up<C> {
-    connection: C,
-    refresh_at: Instant,
-    /// When the shortest life on the path ends, if it is known.
-    dead_at: Option<Instant>,
-    monitor: Monitor,
-    /// The latest unanswered report of the monitor.
-    trouble: Option<Trouble>,
-    /// nsmgr has forgotten the connection; the next refresh decides.
-    lost: bool,
-    requested_at: Instant,
-}
-
-#[derive(Debug)]
 enum State<C> {
     /// nsmgr is asked for a connection at `at`.
     Looking { at: Instant, tries: u32 },
@@ -79,8 +69,13 @@ enum State<C> {
     Opening { at: Instant, plan: Plan<C> },
     /// Connected.
     Up(Up<C>),
-    /// Was connected; a reselect is made at `at`.
-    Healing { connection: C, at: Instant },
+    /// Nothing of it carries traffic; a reselect is made at `at`, and before it
+    /// a Close if nsmgr may still hold the connection (`held`).
+    Healing {
+        connection: C,
+        at: Instant,
+        held: bool,
+    },
     /// The answer was unusable: closed before the next Request.
     Discarding { connection: C },
     /// Stopping; an outcome is unclear, so nsmgr is asked first.
@@ -104,8 +99,13 @@ pub struct LbSession<C> {
     /// An earlier Request may have left a connection in nsmgr.
     unclear: bool,
     heal: Backoff,
+    refresh: Backoff,
     watch: Backoff,
     jitter: Jitter,
+    /// When the last Request began.
+    asked_at: Option<Instant>,
+    /// Until then news does not make the pauses of a reselect start over.
+    deaf_until: Instant,
 }
 
 impl<C: Clone> LbSession<C> {
@@ -120,13 +120,24 @@ impl<C: Clone> LbSession<C> {
             told: false,
             unclear: false,
             heal: Backoff::new(HEAL_FIRST, HEAL_MOST),
+            refresh: Backoff::new(HEAL_FIRST, REFRESH_MOST),
             watch: Backoff::new(WATCH_FIRST, WATCH_MOST),
             jitter,
+            asked_at: None,
+            deaf_until: now,
         }
     }
 
     /// What to do now.
     pub fn next(&mut self, now: Instant) -> SessionAction<C> {
+        let action = self.due(now);
+        if matches!(action, SessionAction::Request(_)) {
+            self.asked_at = Some(now);
+        }
+        action
+    }
+
+    fn due(&mut self, now: Instant) -> SessionAction<C> {
         if let Some(event) = self.reports.pop_front() {
             return SessionAction::Report(event);
         }
@@ -134,12 +145,20 @@ impl<C: Clone> LbSession<C> {
             State::Draining { until, .. } if *until > now => SessionAction::Wait(*until),
             State::Draining { .. } => {
                 self.end();
-                self.next(now)
+                self.due(now)
             }
             State::Looking { at, .. } if *at <= now => SessionAction::Look,
             State::Opening { at, plan } if *at <= now => SessionAction::Request(plan.clone()),
-            State::Healing { at, connection } if *at <= now => {
-                SessionAction::Request(Plan::Reselect(connection.clone()))
+            State::Healing {
+                at,
+                connection,
+                held,
+            } if *at <= now => {
+                if *held {
+                    SessionAction::Clear(connection.clone())
+                } else {
+                    SessionAction::Request(Plan::Reselect(connection.clone()))
+                }
             }
             State::Looking { at, .. } | State::Opening { at, .. } | State::Healing { at, .. } => {
                 SessionAction::Wait(*at)
@@ -147,13 +166,13 @@ impl<C: Clone> LbSession<C> {
             State::Up(up) => match up.trouble.take() {
                 Some(trouble) => {
                     self.act_on(trouble, now);
-                    self.next(now)
+                    self.due(now)
                 }
                 // nsmgr and all behind it have ended it by themselves.
                 None if up.refresh_at <= now && up.is_dead(now) => {
                     let connection = up.connection.clone();
-                    self.start_healing(connection, now);
-                    self.next(now)
+                    self.start_healing(connection, now, false);
+                    self.due(now)
                 }
                 None => up.next(now),
             },
@@ -171,7 +190,7 @@ impl<C: Clone> LbSession<C> {
             return;
         };
         match trouble {
-            Trouble::Down => {
+            Trouble::Down | Trouble::Gone => {
                 // A peer that fails right after each success is no reason to
                 // run in a circle.
                 let at = up.soonest(now);
@@ -179,7 +198,7 @@ impl<C: Clone> LbSession<C> {
                 self.reports.push_back(Event::PeerDown {
                     key: self.key.clone(),
                 });
-                self.start_healing(connection, at);
+                self.start_healing(connection, at, trouble == Trouble::Down);
             }
             Trouble::Lost => {
                 up.lost = true;
@@ -188,33 +207,42 @@ impl<C: Clone> LbSession<C> {
         }
     }
 
-    fn start_healing(&mut self, connection: C, at: Instant) {
+    fn start_healing(&mut self, connection: C, at: Instant, held: bool) {
         self.heal.reset();
-        self.state = State::Healing { connection, at };
+        self.state = State::Healing {
+            connection,
+            at,
+            held,
+        };
     }
 
     /// The outcome of [`SessionAction::Look`].
     pub fn looked(&mut self, looked: Looked<C>, now: Instant) {
         let unreachable = matches!(looked, Looked::Unreachable);
+        let soonest = self.soonest(now);
         match &self.state {
             State::Looking { tries, .. } => {
                 let tries = *tries + 1;
                 self.unclear &= unreachable;
                 self.state = match looked {
-                    Looked::Found { connection, intact } => State::Opening {
+                    Looked::Found {
+                        connection,
+                        intact: true,
+                    } => State::Opening {
                         at: now,
-                        plan: if intact {
-                            Plan::Adopt(connection)
-                        } else {
-                            Plan::Reselect(connection)
-                        },
+                        plan: Plan::Adopt(connection),
+                    },
+                    Looked::Found { connection, .. } => State::Healing {
+                        connection,
+                        at: soonest,
+                        held: true,
                     },
                     Looked::Unreachable if tries < LOOKS => State::Looking {
                         at: now + self.jitter.spread(LOOK_PAUSE),
                         tries,
                     },
                     Looked::Absent | Looked::Unreachable => State::Opening {
-                        at: now,
+                        at: soonest,
                         plan: Plan::First,
                     },
                 };
@@ -259,6 +287,7 @@ impl<C: Clone> LbSession<C> {
             requested_at: now,
         });
         self.heal.reset();
+        self.refresh.reset();
         self.unclear = false;
         self.told = true;
         self.reports.push_back(Event::PortExpected {
@@ -287,7 +316,7 @@ impl<C: Clone> LbSession<C> {
                 ..
             } if sent => {
                 let connection = connection.clone();
-                self.start_healing(connection, now + HEAL_FIRST);
+                self.start_healing(connection, now + HEAL_FIRST, true);
             }
             State::Opening { at, .. } => *at = now + self.jitter.spread(REQUEST_PAUSE),
             State::Healing { at, .. } => {
@@ -295,11 +324,11 @@ impl<C: Clone> LbSession<C> {
             }
             State::Up(up) if sent && up.lost => {
                 let connection = up.connection.clone();
-                self.start_healing(connection, now + HEAL_FIRST);
+                self.start_healing(connection, now + HEAL_FIRST, false);
             }
             State::Up(up) => {
                 up.requested_at = now;
-                up.refresh_at = now + self.jitter.spread(self.heal.after_failure());
+                up.refresh_at = now + self.jitter.spread(self.refresh.after_failure());
             }
             _ => debug_assert!(false, "no Request was under way"),
         }
@@ -312,7 +341,7 @@ impl<C: Clone> LbSession<C> {
             State::Up(Up { connection, .. })
             | State::Healing { connection, .. }
             | State::Opening {
-                plan: Plan::Adopt(connection) | Plan::Reselect(connection),
+                plan: Plan::Adopt(connection),
                 ..
             } => Some(connection),
             _ => None,
@@ -329,6 +358,36 @@ impl<C: Clone> LbSession<C> {
             at: now + self.jitter.spread(REQUEST_PAUSE),
             tries: 0,
         }
+    }
+
+    /// [`SessionAction::Clear`] is over. Its outcome is not told: it is the same
+    /// as with a Close, and the reselect follows in any case.
+    pub fn cleared(&mut self) {
+        if let State::Healing { held, .. } = &mut self.state {
+            *held = false;
+        }
+    }
+
+    /// The registry shows another process under the endpoint's name, so what was
+    /// refused, or waited for in vain, is tried again at once, though no
+    /// Request begins within a second of the one before it. What stands is left
+    /// alone: of its end the monitor tells.
+    pub fn replaced(&mut self, now: Instant) {
+        if self.deaf_until <= now {
+            self.heal.reset();
+            self.deaf_until = now + NEWS_PAUSE;
+        }
+        let soonest = self.soonest(now);
+        match &mut self.state {
+            State::Looking { at, .. } => *at = now.min(*at),
+            State::Opening { at, .. } | State::Healing { at, .. } => *at = soonest.min(*at),
+            _ => {}
+        }
+    }
+
+    /// When the next Request may begin at the earliest.
+    fn soonest(&self, now: Instant) -> Instant {
+        self.asked_at.map_or(now, |asked| now.max(asked + LEAST))
     }
 
     /// A monitor stream was opened, or could not be.
@@ -361,107 +420,13 @@ impl<C: Clone> LbSession<C> {
         self.watch.reset();
         match event {
             Monitored::Up => up.trouble = None,
-            Monitored::Down | Monitored::Deleted => up.trouble = Some(Trouble::Down),
+            Monitored::Down => up.trouble = Some(Trouble::Down),
+            Monitored::Deleted => up.trouble = Some(Trouble::Gone),
             Monitored::Absent => up.trouble = Some(Trouble::Lost),
             Monitored::RefreshRequested => {
                 up.trouble = None;
                 up.refresh_at = up.refresh_at.min(up.soonest(now));
             }
         }
-    }
-
-    /// The outcome of [`SessionAction::Close`], which is not told: a Close
-    /// that failed has no second effect, and one that succeeded proves
-    /// nothing.
-    pub fn closed(&mut self, now: Instant) {
-        self.state = match self.state {
-            State::Discarding { .. } => State::Opening {
-                at: now + self.jitter.spread(REQUEST_PAUSE),
-                plan: Plan::First,
-            },
-            _ => State::Ended,
-        };
-    }
-
-    /// Ends the session: what is connected, or may be, is closed. May be said
-    /// again, to end at once after all.
-    pub fn stop(&mut self, how: Stopping, now: Instant) {
-        match (how, &self.state) {
-            (Stopping::Drained, State::Up(up)) if !up.is_down(now) => {
-                self.reports.push_back(Event::PeerDown {
-                    key: self.key.clone(),
-                });
-                self.state = State::Draining {
-                    connection: up.connection.clone(),
-                    until: now + DRAIN,
-                };
-            }
-            (Stopping::Drained, State::Draining { .. }) => {}
-            _ => self.end(),
-        }
-    }
-
-    /// Takes back what `net` was told, and ends.
-    fn end(&mut self) {
-        self.release();
-        let unclear = self.unclear;
-        self.state = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Up(Up { connection, .. })
-            | State::Healing { connection, .. }
-            | State::Discarding { connection }
-            | State::Draining { connection, .. }
-            | State::Ending { connection }
-            | State::Opening {
-                plan:
-                    Plan::Refresh(connection) | Plan::Adopt(connection) | Plan::Reselect(connection),
-                ..
-            } => State::Ending { connection },
-            State::Looking { .. }
-            | State::Opening {
-                plan: Plan::First, ..
-            } if unclear => State::EndingUnclear,
-            State::EndingUnclear => State::EndingUnclear,
-            State::Looking { .. }
-            | State::Opening {
-                plan: Plan::First, ..
-            }
-            | State::Ended => State::Ended,
-        };
-    }
-
-    /// Takes back what `net` was told.
-    fn release(&mut self) {
-        if std::mem::take(&mut self.told) {
-            self.reports.push_back(Event::PortReleased {
-                key: self.key.clone(),
-            });
-        }
-    }
-}
-
-impl<C: Clone> Up<C> {
-    fn next(&self, now: Instant) -> SessionAction<C> {
-        if self.refresh_at <= now {
-            return SessionAction::Request(Plan::Refresh(self.connection.clone()));
-        }
-        match self.monitor {
-            Monitor::Closed { reopen_at } if reopen_at <= now => SessionAction::Watch,
-            Monitor::Closed { reopen_at } => SessionAction::Wait(self.refresh_at.min(reopen_at)),
-            Monitor::Open => SessionAction::Wait(self.refresh_at),
-        }
-    }
-
-    /// Whether nothing goes over it any more, as far as is known.
-    fn is_down(&self, now: Instant) -> bool {
-        self.trouble == Some(Trouble::Down) || self.is_dead(now)
-    }
-
-    fn is_dead(&self, now: Instant) -> bool {
-        self.dead_at.is_some_and(|at| at <= now)
-    }
-
-    /// When the next Request may be made at the earliest.
-    fn soonest(&self, now: Instant) -> Instant {
-        now.max(self.requested_at + LEAST)
     }
 }

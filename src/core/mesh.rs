@@ -50,6 +50,10 @@ pub struct Sighting {
     pub expires: Option<Expiry>,
     /// The registry said that it is deleted.
     pub deleted: bool,
+    /// Stands for the registration's address and first time: differs when another
+    /// process is registered under the name. Kept for each LB, so it is no text
+    /// of the peer's.
+    pub incarnation: u64,
 }
 
 /// What shall be done.
@@ -60,6 +64,9 @@ pub enum MeshAction {
     Connect(EndpointName),
     /// Stop the session of this LB; tell [`Mesh::ended`] when it is over.
     Disconnect(EndpointName, Gone),
+    /// Tell the session of this LB that another process has its name now: what
+    /// waits for the one before waits in vain.
+    Replaced(EndpointName),
 }
 
 /// Why an LB is taken to be gone.
@@ -106,10 +113,18 @@ enum Entry {
         told: SystemTime,
         /// From then on a list that does not renew it is its end.
         doubtful_at: Instant,
+        incarnation: u64,
     },
     /// Its session is closing; `again` when the endpoint was seen meanwhile.
     /// Two sessions must never share the connection's id.
-    Closing { again: Option<Expiry> },
+    Closing { again: Option<Registered> },
+}
+
+/// A registration that has an end.
+#[derive(Debug, Clone, Copy)]
+struct Registered {
+    expires: Expiry,
+    incarnation: u64,
 }
 
 /// The set of LBs, owned by `lb-watch`.
@@ -160,7 +175,13 @@ impl Mesh {
         }
         let name = EndpointName::new(sighting.name.as_str());
         match sighting.expires {
-            Some(expires) if !sighting.deleted => self.alive(name, expires, now),
+            Some(expires) if !sighting.deleted => {
+                let registered = Registered {
+                    expires,
+                    incarnation: sighting.incarnation,
+                };
+                self.alive(name, registered, now)
+            }
             _ => Ok(self.gone(&name, Gone::Deleted)),
         }
     }
@@ -168,36 +189,47 @@ impl Mesh {
     fn alive(
         &mut self,
         name: EndpointName,
-        expires: Expiry,
+        registered: Registered,
         now: Instant,
     ) -> Result<Option<MeshAction>, Refused> {
+        let Registered {
+            expires,
+            incarnation,
+        } = registered;
         let full = self.entries.len() >= MOST;
         match self.entries.get_mut(&name) {
             Some(Entry::Connected {
                 told: known,
                 doubtful_at,
+                incarnation: before,
             }) => {
+                // A list and the stream may cross, so an older one is no news.
+                let is_news = expires.told >= *known && incarnation != *before;
                 // A later end is a sign of life even if it is past by our
                 // clock: clocks differ.
                 if expires.told > *known {
                     *known = expires.told;
                     *doubtful_at = expires.at.max(now) + GRACE;
                 }
-                Ok(None)
+                if is_news {
+                    *before = incarnation;
+                }
+                Ok(is_news.then_some(MeshAction::Replaced(name)))
             }
             Some(Entry::Closing { again }) => {
-                *again = Some(expires);
-                Ok(None)
+                let is_news = again.replace(registered).is_none();
+                Ok(is_news.then_some(MeshAction::Replaced(name)))
             }
             None if full => Err(Refused::TooMany),
-            None => Ok(Some(self.connect(name, expires, now))),
+            None => Ok(Some(self.connect(name, registered, now))),
         }
     }
 
-    fn connect(&mut self, name: EndpointName, expires: Expiry, now: Instant) -> MeshAction {
+    fn connect(&mut self, name: EndpointName, new: Registered, now: Instant) -> MeshAction {
         let entry = Entry::Connected {
-            told: expires.told,
-            doubtful_at: expires.at.max(now) + GRACE,
+            told: new.expires.told,
+            doubtful_at: new.expires.at.max(now) + GRACE,
+            incarnation: new.incarnation,
         };
         self.entries.insert(name.clone(), entry);
         MeshAction::Connect(name)
@@ -221,8 +253,8 @@ impl Mesh {
     pub fn ended(&mut self, name: &EndpointName, now: Instant) -> Option<MeshAction> {
         match self.entries.remove(name)? {
             Entry::Closing {
-                again: Some(expires),
-            } => Some(self.connect(name.clone(), expires, now)),
+                again: Some(registered),
+            } => Some(self.connect(name.clone(), registered, now)),
             _ => None,
         }
     }

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use crossbeam_channel::{Receiver, bounded, select};
 use grpcio::Method;
 use log::debug;
 
@@ -20,6 +21,20 @@ use crate::transport::error::ConnectError;
 /// A peer that stops may cancel its calls before it says that it takes no more;
 /// this much later it has.
 const GOAWAY_LAG: Duration = Duration::from_millis(100);
+/// A call that is given up has ended here before the next may begin; gRPC's
+/// thread does that at once.
+const CANCEL_LAG: Duration = Duration::from_millis(100);
+
+/// Where the answer to a call arrives.
+pub(super) type Answer<Resp> = Receiver<Outcome<Resp>>;
+type Outcome<Resp> = Result<Reply<Resp>, RpcError>;
+/// Method, message, headers, and what makes the descriptors that go with it.
+pub(super) type Call<'a, Req, Resp> = (
+    &'a Method<Req, Resp>,
+    &'a Req,
+    &'a [(String, String)],
+    &'a dyn Fn() -> Vec<OwnedFd>,
+);
 
 /// Makes calls to nsmgr.
 #[derive(Clone)]
@@ -58,6 +73,32 @@ impl NsmCaller {
     where
         Resp: Send + Unpin + 'static,
     {
+        let mut wait = |answer: &Answer<Resp>| {
+            select! {
+                recv(answer) -> answer => answer.ok(),
+                recv(stop.receiver()) -> _ => None,
+            }
+        };
+        let call = (method, request, headers, descriptors);
+        self.unary_with(call, deadline, stop, &mut wait)
+    }
+
+    /// [`NsmCaller::unary`] whose answer is waited for by `wait`: `None` gives
+    /// the call up. `stop` only ends the wait for a connection.
+    ///
+    /// # Errors
+    ///
+    /// As [`NsmCaller::unary`].
+    pub(super) fn unary_with<Req, Resp>(
+        &self,
+        (method, request, headers, descriptors): Call<'_, Req, Resp>,
+        deadline: Instant,
+        stop: &Stop,
+        wait: &mut dyn FnMut(&Answer<Resp>) -> Option<Outcome<Resp>>,
+    ) -> Result<Reply<Resp>, RpcError>
+    where
+        Resp: Send + Unpin + 'static,
+    {
         loop {
             let connection = self.connect(deadline, stop)?;
             let mut options = self.options(&connection)?;
@@ -66,7 +107,22 @@ impl NsmCaller {
             for descriptor in descriptors() {
                 connection.attach(descriptor);
             }
-            match call::unary(connection.channel(), method, request, &options, stop) {
+            let (tx, answer) = bounded(1);
+            let running = call::start(
+                connection.channel(),
+                method,
+                request,
+                &options,
+                move |result| {
+                    let _ = tx.try_send(result);
+                },
+            );
+            let Some(result) = wait(&answer) else {
+                drop(running);
+                let _ = answer.recv_timeout(CANCEL_LAG);
+                return Err(RpcError::Cancelled);
+            };
+            match result {
                 Err(error) if is_loss(&error) && connection.ends_within(GOAWAY_LAG) => {
                     debug!("{}: {error}; again on the next connection", method.name);
                 }

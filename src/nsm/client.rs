@@ -7,8 +7,9 @@ use std::time::Instant;
 use crossbeam_channel::Receiver;
 use log::error;
 
-use super::caller::NsmCaller;
+use super::caller::{Call, NsmCaller};
 use super::netns::Netns;
+use super::patience::Patience;
 use crate::core::ids::LeaseId;
 use crate::core::lease::Addresses;
 use crate::ipam::{IpamError, IpamHandle};
@@ -44,7 +45,7 @@ impl<T: Send + 'static> From<Pump<T>> for Stream<T> {
     }
 }
 
-/// nsmgr. Every call ends by `deadline`, or at `stop`.
+/// nsmgr. Every call ends by `deadline`, or when the wait for it does.
 pub(super) trait Nsmgr: Clone + Send + 'static {
     /// Makes, refreshes or rebuilds a connection that ends in `netns`.
     fn request(
@@ -52,7 +53,7 @@ pub(super) trait Nsmgr: Clone + Send + 'static {
         request: &NetworkServiceRequest,
         netns: &Netns,
         deadline: Instant,
-        stop: &Stop,
+        patience: &mut Patience<'_>,
     ) -> Result<Connection, RpcError>;
 
     /// Ends a connection.
@@ -61,7 +62,7 @@ pub(super) trait Nsmgr: Clone + Send + 'static {
         connection: &Connection,
         netns: &Netns,
         deadline: Instant,
-        stop: &Stop,
+        patience: &mut Patience<'_>,
     ) -> Result<(), RpcError>;
 
     /// Opens a stream of events about connections.
@@ -87,10 +88,12 @@ impl Nsmgr for NsmCaller {
         request: &NetworkServiceRequest,
         netns: &Netns,
         deadline: Instant,
-        stop: &Stop,
+        patience: &mut Patience<'_>,
     ) -> Result<Connection, RpcError> {
         let passed = || descriptors(netns);
-        self.unary(&method::REQUEST, request, &[], &passed, deadline, stop)
+        let stop = patience.stop().clone();
+        let call: Call<'_, _, _> = (&method::REQUEST, request, &[], &passed);
+        self.unary_with(call, deadline, &stop, &mut |answer| patience.wait(answer))
             .map(|reply| reply.message)
     }
 
@@ -99,10 +102,12 @@ impl Nsmgr for NsmCaller {
         connection: &Connection,
         netns: &Netns,
         deadline: Instant,
-        stop: &Stop,
+        patience: &mut Patience<'_>,
     ) -> Result<(), RpcError> {
         let passed = || descriptors(netns);
-        self.unary(&method::CLOSE, connection, &[], &passed, deadline, stop)
+        let stop = patience.stop().clone();
+        let call: Call<'_, _, _> = (&method::CLOSE, connection, &[], &passed);
+        self.unary_with(call, deadline, &stop, &mut |answer| patience.wait(answer))
             .map(drop)
     }
 

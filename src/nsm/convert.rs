@@ -1,6 +1,7 @@
 //! Between nsmgr's messages and what the sessions and the mesh work with.
 
 use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::time::SystemTime;
 
@@ -323,6 +324,13 @@ pub(super) fn sighting(
         return None;
     }
     let expires = endpoint.expiration_time.as_ref().and_then(path::time);
+    let registered = endpoint.initial_registration_time.as_ref();
+    let mut incarnation = DefaultHasher::new();
+    (
+        endpoint.url.as_str(),
+        registered.map(|at| (at.seconds, at.nanos)),
+    )
+        .hash(&mut incarnation);
     Some(Sighting {
         name: endpoint.name,
         expires: expires.map(|told| Expiry {
@@ -330,6 +338,7 @@ pub(super) fn sighting(
             at: path::monotonic(told, now),
         }),
         deleted: response.deleted,
+        incarnation: incarnation.finish(),
     })
 }
 

@@ -46,7 +46,7 @@ pub(super) struct LbWatch<N, L> {
     shared: Shared<N, L>,
     options: LbOptions,
     mesh: Mesh,
-    sessions: BTreeMap<EndpointName, ThreadHandle>,
+    sessions: BTreeMap<EndpointName, Session>,
     ended: (Sender<EndpointName>, Receiver<EndpointName>),
     number: u32,
     watch: Option<Answers>,
@@ -56,6 +56,13 @@ pub(super) struct LbWatch<N, L> {
     refused: BTreeSet<String>,
     /// What was warned of, so that an outage is one warning a cause.
     troubles: Troubles,
+}
+
+/// A session's thread, and the way to tell it that another process has its
+/// endpoint's name.
+struct Session {
+    thread: ThreadHandle,
+    news: Sender<()>,
 }
 
 /// What a turn brought.
@@ -112,8 +119,8 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         self.sessions
             .into_values()
             .map(|mut session| {
-                session.stop();
-                session
+                session.thread.stop();
+                session.thread
             })
             .collect()
     }
@@ -251,7 +258,14 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             Some(MeshAction::Disconnect(name, why)) => {
                 info!("LB {name} is gone: {why}");
                 if let Some(session) = self.sessions.get_mut(&name) {
-                    session.stop();
+                    session.thread.stop();
+                }
+            }
+            Some(MeshAction::Replaced(name)) => {
+                info!("LB {name} is registered anew");
+                if let Some(session) = self.sessions.get(&name) {
+                    // One that waits to be read says the same.
+                    let _ = session.news.try_send(());
                 }
             }
             None => {}
@@ -275,7 +289,8 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
         };
         let jitter = Jitter::new(ifname::random());
         let session = LbSession::new(name.clone(), jitter, clock::now());
-        let worker = LbWorker::new(self.shared.clone(), template, session);
+        let (news, heard) = bounded(1);
+        let worker = LbWorker::new(self.shared.clone(), template, session, heard);
         let ended = self.ended.0.clone();
         self.number = self.number.wrapping_add(1);
         let thread = format!("lb:{}", self.number);
@@ -286,8 +301,8 @@ impl<N: Nsmgr, L: Leases> LbWatch<N, L> {
             let _ = ended.try_send(last);
         });
         match started {
-            Ok(session) => {
-                self.sessions.insert(name, session);
+            Ok(thread) => {
+                self.sessions.insert(name, Session { thread, news });
             }
             Err(error) => {
                 log::error!("cannot start {thread} for LB {name}: {error}");

@@ -5,7 +5,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{at, never, select};
+use crossbeam_channel::{Receiver, at, never, select};
 use log::{debug, info, warn};
 
 use super::client::{Leases, Nsmgr, Stream};
@@ -13,27 +13,34 @@ use super::convert::{self, Template};
 use super::ifname;
 use super::netns::Netns;
 use super::path;
+use super::patience::Patience;
+use super::permits::{Permit, Permits};
 use super::trouble::Troubles;
 use crate::core::event::Event;
 use crate::core::ids::{IfName, LeaseId};
 use crate::core::lb_session::{
-    Established, Failure, LbSession, Looked, Monitored, Plan, SessionAction, Stopping,
+    Established, Failure, LbSession, Monitored, Plan, SessionAction, Stopping,
 };
 use crate::core::lease::Addresses;
 use crate::ipam::IpamError;
 use crate::kernel::NetHandle;
 use crate::proto::connection::{Connection, ConnectionEvent};
-use crate::rpc::pump::{Item, StreamError};
+use crate::rpc::pump::Item;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock;
 use crate::sync::stop::Stop;
 
 /// Bound of asking nsmgr for a connection, and of opening a stream.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same while stopping, where every session has to be over soon.
-const LAST_LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a refresh waits for IPAM when the addresses are known anyway.
 const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bound of the Close before a reselect. A live peer answers long before; what a
+/// dead one does not answer, nsmgr and forwarder forget all the same.
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a Request waits for those of other LBs, at most.
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
+
+mod look;
 
 /// The causes of warnings.
 mod cause {
@@ -58,6 +65,8 @@ pub(super) struct Shared<N, L> {
     pub(super) leases: L,
     pub(super) net: NetHandle,
     pub(super) netns: Arc<Netns>,
+    /// For Requests.
+    pub(super) permits: Permits,
     /// `NSM_REQUEST_TIMEOUT`.
     pub(super) request_timeout: Duration,
     /// When the last Close has to be over, once the daemon stops.
@@ -74,6 +83,10 @@ pub(super) struct LbWorker<N, L> {
     shared: Shared<N, L>,
     template: Template,
     session: LbSession<Connection>,
+    /// Says that another process has the endpoint's name now.
+    news: Receiver<()>,
+    /// It was said during the last call.
+    replaced: bool,
     watch: Option<Stream<ConnectionEvent>>,
     /// The addresses that the last Request was made with.
     addresses: Option<Addresses>,
@@ -93,11 +106,14 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         shared: Shared<N, L>,
         template: Template,
         session: LbSession<Connection>,
+        news: Receiver<()>,
     ) -> Self {
         Self {
             shared,
             template,
             session,
+            news,
+            replaced: false,
             watch: None,
             addresses: None,
             leased: false,
@@ -132,6 +148,9 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             } else {
                 stop.clone()
             };
+            if self.news.try_recv().is_ok() | std::mem::take(&mut self.replaced) {
+                self.session.replaced(clock::now());
+            }
             match self.session.next(clock::now()) {
                 SessionAction::Look => {
                     let looked = self.look(&calls);
@@ -141,6 +160,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                     let outcome = self.request(plan, &calls);
                     self.session.answered(outcome, clock::now());
                 }
+                SessionAction::Clear(connection) => self.clear(connection, &calls),
                 SessionAction::Watch => self.open_watch(&calls),
                 SessionAction::Close(connection) => self.close(connection, &calls),
                 SessionAction::Report(event) => self.report(event),
@@ -165,73 +185,6 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             self.reported = Some(event.clone());
         }
         self.shared.net.tell(event);
-    }
-
-    /// Finds out whether nsmgr has a connection of ours: the first event of a
-    /// monitor lists what there is.
-    fn look(&mut self, stop: &Stop) -> Looked<Connection> {
-        let timeout = if self.stopping {
-            LAST_LOOK_TIMEOUT
-        } else {
-            LOOK_TIMEOUT
-        };
-        let deadline = self.bounded(clock::now() + timeout);
-        let selector = self.template.selector();
-        let stream = match self.shared.nsmgr.monitor(&selector, deadline, stop) {
-            Ok(stream) => stream,
-            Err(error) => return self.not_found(&error.to_string()),
-        };
-        select! {
-            recv(stream.items()) -> item => match item {
-                Ok(Item::Message(event)) => self.found(event),
-                Ok(Item::Ended(Err(error))) => self.no_list(&error),
-                Ok(Item::Ended(Ok(()))) | Err(_) => self.not_found("the stream ended"),
-            },
-            recv(stop.receiver()) -> _ => Looked::Unreachable,
-            // A connected nsmgr that says nothing is not waited for again.
-            recv(at(deadline)) -> _ => {
-                self.complain(
-                    cause::LIST,
-                    "nsmgr did not list its connections in time",
-                );
-                Looked::Absent
-            },
-        }
-    }
-
-    fn no_list(&mut self, error: &StreamError) -> Looked<Connection> {
-        match error {
-            StreamError::Rpc(rpc) if rpc.is_unavailable() => self.not_found(&rpc.to_string()),
-            // Some versions let only those see a connection who have made it.
-            _ => {
-                self.complain(
-                    cause::LIST,
-                    &format!("nsmgr does not list its connections: {error}"),
-                );
-                Looked::Absent
-            }
-        }
-    }
-
-    fn not_found(&mut self, why: &str) -> Looked<Connection> {
-        self.complain(
-            cause::LOOK,
-            &format!("nsmgr cannot be asked for its connections: {why}"),
-        );
-        Looked::Unreachable
-    }
-
-    fn found(&self, event: ConnectionEvent) -> Looked<Connection> {
-        let Some(connection) = self.template.find_own(event) else {
-            return Looked::Absent;
-        };
-        let ifname = self.template.interface_of_up(&connection);
-        let intact = ifname.is_some_and(|name| (self.shared.is_in_place)(&name, &self.template.id));
-        info!(
-            id = self.template.id, in_place = intact;
-            "nsmgr knows the connection already"
-        );
-        Looked::Found { connection, intact }
     }
 
     fn request(
@@ -268,11 +221,27 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             self.complain(cause::NAME, "cannot make a name for the interface");
             return Err(Failure::NotSent);
         };
+        let permit = self.turn(stop);
+        if stop.is_set() {
+            return Err(Failure::NotSent);
+        }
         debug!(id = self.template.id; "request: {}", describe(&plan));
+        // What carries traffic is not given up for a word of the registry.
+        let stands = matches!(plan, Plan::Refresh(_) | Plan::Adopt(_));
         let request = self.template.request(plan, &addresses, &ifname);
         let deadline = clock::now() + self.shared.request_timeout;
+        let mut patience = Patience::until(stop).with(permit);
+        if !stands {
+            patience = patience.or_news(&self.news);
+        }
         let netns = &self.shared.netns;
-        match self.shared.nsmgr.request(&request, netns, deadline, stop) {
+        let answer = self
+            .shared
+            .nsmgr
+            .request(&request, netns, deadline, &mut patience);
+        self.replaced |= patience.has_heard();
+        drop(patience);
+        match answer {
             Ok(connection) => self.check(connection, &addresses),
             Err(error) => {
                 let failure = failure(&error);
@@ -366,14 +335,50 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         self.leased = true;
         let connection = self.template.close(connection);
         let deadline = self.bounded(clock::now() + self.shared.request_timeout);
-        let netns = &self.shared.netns;
-        match self.shared.nsmgr.close(&connection, netns, deadline, stop) {
+        match self.call_close(&connection, deadline, None, stop) {
             Ok(()) => info!(id = self.template.id; "connection closed"),
             // Interrupted by the order to stop: it is made again then.
             Err(RpcError::Cancelled) if !self.stopping && stop.is_set() => return,
             Err(error) => warn!(id = self.template.id; "Close failed: {error}"),
         }
         self.session.closed(clock::now());
+    }
+
+    /// Ends at nsmgr what a reselect would find there.
+    fn clear(&mut self, connection: Connection, stop: &Stop) {
+        self.watch = None;
+        let connection = self.template.close(connection);
+        let permit = self.turn(stop);
+        let timeout = CLEAR_TIMEOUT.min(self.shared.request_timeout);
+        let deadline = self.bounded(clock::now() + timeout);
+        if let Err(error) = self.call_close(&connection, deadline, permit, stop) {
+            debug!(id = self.template.id; "Close before the reselect failed: {error}");
+        }
+        self.session.cleared();
+    }
+
+    fn call_close(
+        &mut self,
+        connection: &Connection,
+        deadline: Instant,
+        permit: Option<Permit>,
+        stop: &Stop,
+    ) -> Result<(), RpcError> {
+        let mut patience = Patience::until(stop).or_news(&self.news).with(permit);
+        let netns = &self.shared.netns;
+        let result = self
+            .shared
+            .nsmgr
+            .close(connection, netns, deadline, &mut patience);
+        self.replaced |= patience.has_heard();
+        result
+    }
+
+    /// Waits for this LB's turn among those that request; those that take long
+    /// hold nobody up.
+    fn turn(&self, stop: &Stop) -> Option<Permit> {
+        let deadline = clock::now() + TURN_TIMEOUT;
+        self.shared.permits.take(deadline, stop)
     }
 
     /// `deadline`, or earlier when the daemon stops.
@@ -394,6 +399,11 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 while let (Some(_), Ok(item)) = (&self.watch, items.try_recv()) {
                     self.monitored(Some(item));
                 }
+            },
+            recv(self.news) -> said => match said {
+                Ok(()) => self.replaced = true,
+                // `lb-watch` has ended and stops us.
+                Err(_) => self.news = never(),
             },
             recv(stop.receiver()) -> _ => {},
             recv(at(until)) -> _ => {},

@@ -16,6 +16,8 @@ mod lb_watch;
 mod lb_worker;
 mod netns;
 mod path;
+mod patience;
+mod permits;
 mod port;
 #[cfg(test)]
 mod tests;
@@ -39,10 +41,13 @@ pub use conn_log::ConnectionLog;
 use lb_watch::LbWatch;
 use lb_worker::Shared;
 use netns::Netns;
+use permits::Permits;
 
 /// What is kept of the time to stop, so that a Close that is given up still
 /// has its lease released.
 const STOP_MARGIN: Duration = Duration::from_millis(300);
+/// Requests under way at once, but for those that take long.
+const REQUESTS_MOST: usize = 8;
 
 /// What the connections to LBs are made of.
 #[derive(Debug, Clone)]
@@ -117,6 +122,7 @@ impl LbMesh {
             leases,
             net,
             netns: Arc::new(Netns::own()?),
+            permits: Permits::new(REQUESTS_MOST),
             request_timeout: options.request_timeout,
             close_by: Arc::clone(&close_by),
             cut: is_cut,

@@ -1,6 +1,8 @@
 //! The threads of the mesh against a test that plays nsmgr, registry and IPAM:
 //! each call of theirs waits until the test answers it.
 
+mod crowd;
+mod successor;
 mod world;
 
 use std::time::Duration;
@@ -148,8 +150,11 @@ fn down_heals_by_reselect_with_the_whole_path() {
     let (connection, watch) = world.connects("lb-1");
     watch.message(update(&connection, State::DOWN));
     assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
-    let (request, reply) = world.request();
+    let (closed, reply) = world.close();
     watch.expect_dropped();
+    assert_eq!(closed.path, connection.path);
+    reply.send(Ok(())).unwrap();
+    let (request, reply) = world.request();
     let asked = &request.connection;
     assert_eq!(asked.state, State::RESELECT_REQUESTED.into());
     assert_eq!(asked.path, connection.path);
@@ -167,6 +172,10 @@ fn down_heals_by_reselect_with_the_whole_path() {
     // DOWN may already be in the first event.
     world.monitor("lb-1", &[shown(&rebuilt, State::DOWN)]);
     assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    let (_, reply) = world.close();
+    reply
+        .send(Err(RpcError::status(Code::UNKNOWN, "is dead")))
+        .unwrap();
     let (again, _) = world.request();
     assert_eq!(again.connection.state, State::RESELECT_REQUESTED.into());
 }
@@ -296,6 +305,10 @@ fn a_predecessors_port_is_rebuilt_if_anything_differs() {
         prepare(&world, &mut old);
         world.registers("lb-1");
         world.monitor("lb-1", &[old.clone()]);
+        if why != "other addresses" {
+            let (_, reply) = world.close();
+            reply.send(Ok(())).unwrap();
+        }
         let (request, _reply) = world.request();
         let asked = &request.connection;
         assert_eq!(asked.state, State::RESELECT_REQUESTED.into(), "{why}");

@@ -106,6 +106,10 @@ impl Directory {
         std::fs::create_dir(&path).unwrap();
         Self(path)
     }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
 }
 
 impl Drop for Directory {
@@ -115,7 +119,7 @@ impl Drop for Directory {
 }
 
 fn socket(directory: &Directory) -> PathBuf {
-    directory.0.join("nsm.io.sock")
+    directory.path("nsm.io.sock")
 }
 
 fn to(name: &'static str, address: Address, authority: String) -> ConnectorOptions {

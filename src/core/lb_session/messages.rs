@@ -30,6 +30,10 @@ pub enum SessionAction<C> {
     /// Request, then [`answered`](super::LbSession::answered). The monitor stream of all plans
     /// but a refresh is dropped first: its events would be about our own act.
     Request(Plan<C>),
+    /// Drop the monitor stream and Close, so that the reselect that follows finds
+    /// nothing that nsmgr has to close itself; wait for it briefly, then
+    /// [`cleared`](super::LbSession::cleared).
+    Clear(C),
     /// Open a monitor stream, then [`watching`](super::LbSession::watching).
     Watch,
     /// Drop the monitor stream, Close, then [`closed`](super::LbSession::closed).

@@ -1,6 +1,7 @@
 //! Scripted runs in virtual time.
 
 mod stopping;
+mod successor;
 
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,13 @@ impl Run {
 
     fn answered(&mut self, outcome: Result<Established<u32>, Failure<u32>>) {
         self.session.answered(outcome, self.now);
+    }
+
+    /// What nsmgr may still hold of `connection` is closed before a reselect.
+    #[track_caller]
+    fn clears(&mut self, connection: u32) {
+        self.expect(SessionAction::Clear(connection));
+        self.session.cleared();
     }
 
     fn monitored(&mut self, event: Monitored) {
@@ -194,6 +202,7 @@ fn an_unclear_first_request_is_looked_for_before_the_next() {
         connection: 7,
         intact: false,
     });
+    run.clears(7);
     run.expect(SessionAction::Request(Plan::Reselect(7)));
     run.answered(Ok(good(8, SECOND * 600)));
     run.expect(SessionAction::Report(port_expected(8)));
@@ -230,9 +239,10 @@ fn a_predecessor_is_adopted_if_intact_and_rebuilt_if_not() {
     let mut run = Run::new();
     run.expect(SessionAction::Look);
     run.looked(found(false));
+    run.clears(5);
     run.expect(SessionAction::Request(Plan::Reselect(5)));
     run.answered(Err(Failure::Refused));
-    about(run.pass(), REQUEST_PAUSE);
+    about(run.pass(), HEAL_FIRST);
     run.expect(SessionAction::Request(Plan::Reselect(5)));
 
     // Refused as it is, it is rebuilt.
@@ -247,6 +257,9 @@ fn a_predecessor_is_adopted_if_intact_and_rebuilt_if_not() {
         run.expect(SessionAction::Request(Plan::Adopt(5)));
         run.answered(Err(failure));
         run.pass();
+        if expected == Plan::Reselect(5) {
+            run.clears(5);
+        }
         run.expect(SessionAction::Request(expected));
     }
 }
@@ -258,14 +271,19 @@ fn down_and_deleted_take_the_hop_away_and_heal_by_reselect() {
         run.now += SECOND * 30;
         run.monitored(event);
         run.expect(peer_down());
+        if event == Monitored::Down {
+            run.clears(1);
+        }
         let mut waits = Vec::new();
-        for _ in 0..8 {
+        for _ in 0..9 {
             run.expect(SessionAction::Request(Plan::Reselect(1)));
             run.answered(Err(Failure::Refused));
             waits.push(run.pass());
         }
         about(waits[0], HEAL_FIRST);
+        about(waits[3], HEAL_FIRST * 8);
         about(waits[7], HEAL_MOST);
+        about(waits[8], HEAL_MOST);
         run.expect(SessionAction::Request(Plan::Reselect(1)));
         run.answered(Ok(good(2, SECOND * 600)));
         run.expect(SessionAction::Report(port_expected(2)));
@@ -283,6 +301,7 @@ fn a_peer_that_fails_after_each_success_is_not_rebuilt_in_a_tight_loop() {
         if n > 1 || matches!(run.next(), SessionAction::Wait(_)) {
             run.pass();
         }
+        run.clears(n);
         run.expect(SessionAction::Request(Plan::Reselect(n)));
         run.answered(Ok(good(n + 1, SECOND * 600)));
         run.expect(SessionAction::Report(port_expected(n + 1)));

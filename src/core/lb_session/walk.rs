@@ -82,9 +82,13 @@ proptest! {
                 }
                 SessionAction::Watch => session.watching(choice % 3 > 0, now),
                 SessionAction::Close(_) => session.closed(now),
+                SessionAction::Clear(_) => session.cleared(),
                 SessionAction::Report(event) => has_port = told(&event, has_port),
                 SessionAction::Wait(until) => {
                     prop_assert!(until > now, "a wait for the past spins");
+                    if choice % 32 == 31 {
+                        session.replaced(now);
+                    }
                     match event(choice) {
                         Some(event) => session.monitored(event, now),
                         None if choice % 16 > 7 => session.watch_ended(now),

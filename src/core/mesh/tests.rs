@@ -29,10 +29,21 @@ impl Registry {
     }
 
     fn seen(&mut self, second: u32, name: &str, expires: Expiry) -> Option<MeshAction> {
+        self.seen_as(second, name, expires, 1)
+    }
+
+    fn seen_as(
+        &mut self,
+        second: u32,
+        name: &str,
+        expires: Expiry,
+        incarnation: u64,
+    ) -> Option<MeshAction> {
         let sighting = Sighting {
             name: name.to_owned(),
             expires: Some(expires),
             deleted: false,
+            incarnation,
         };
         self.mesh.seen(&sighting, self.at(second)).unwrap()
     }
@@ -48,6 +59,7 @@ impl Registry {
             name: name.to_owned(),
             expires: Some(self.until(second + 60)),
             deleted: true,
+            incarnation: 1,
         };
         self.mesh.seen(&sighting, self.at(second)).unwrap()
     }
@@ -85,6 +97,7 @@ fn an_endpoint_without_an_end_is_gone() {
         name: "a".to_owned(),
         expires: None,
         deleted: false,
+        incarnation: 1,
     };
     let now = r.at(1);
     assert_eq!(
@@ -99,7 +112,8 @@ fn an_endpoint_that_returns_waits_for_the_close_of_its_old_session() {
     let a = EndpointName::new("a");
     let _ = r.shows(0, "a", 60);
     let _ = r.deletes(1, "a");
-    assert_eq!(r.shows(2, "a", 90), None);
+    assert_eq!(r.shows(2, "a", 90), replaced("a"), "its Close is told");
+    assert_eq!(r.shows(2, "a", 91), None, "once");
     let now = r.at(3);
     assert_eq!(r.mesh.ended(&a, now), connect("a"));
     let _ = r.deletes(4, "a");
@@ -207,6 +221,7 @@ fn hostile_names_and_floods_are_refused() {
             name: name.to_owned(),
             expires: Some(r.until(60)),
             deleted: false,
+            incarnation: 1,
         };
         assert_eq!(r.mesh.seen(&sighting, now), Err(Refused::Name), "{name:?}");
     }
@@ -217,6 +232,25 @@ fn hostile_names_and_floods_are_refused() {
         name: "one-more".to_owned(),
         expires: Some(r.until(60)),
         deleted: false,
+        incarnation: 1,
     };
     assert_eq!(r.mesh.seen(&sighting, now), Err(Refused::TooMany));
+}
+
+fn replaced(name: &str) -> Option<MeshAction> {
+    Some(MeshAction::Replaced(EndpointName::new(name)))
+}
+
+#[test]
+fn another_process_under_the_name_is_news_once() {
+    let mut registry = Registry::new();
+    assert_eq!(registry.shows(0, "a", 60), connect("a"));
+    let (late, soon) = (registry.until(80), registry.until(61));
+    assert_eq!(registry.seen_as(1, "a", soon, 2), replaced("a"));
+    assert_eq!(registry.seen_as(2, "a", soon, 2), None, "told already");
+    assert_eq!(registry.seen_as(3, "a", late, 2), None, "renewed");
+    // From a list that was made before.
+    assert_eq!(registry.seen_as(4, "a", soon, 1), None);
+    assert_eq!(registry.seen_as(5, "a", late, 3), replaced("a"));
+    assert_eq!(registry.deletes(6, "a"), disconnect("a", Gone::Deleted));
 }

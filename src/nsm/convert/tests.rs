@@ -426,6 +426,24 @@ fn registry_answers() {
     deleted.deleted = true;
     assert!(read(deleted).unwrap().deleted);
 
+    // Who listens elsewhere, or was registered anew, is another process.
+    let incarnation = |change: fn(&mut NetworkServiceEndpoint)| {
+        let mut response = endpoint(Some(unix));
+        change(response.network_service_endpoint.mut_or_insert_default());
+        read(response).unwrap().incarnation
+    };
+    let before = incarnation(|_| {});
+    assert_eq!(incarnation(|_| {}), before);
+    assert_eq!(
+        incarnation(|e| e.expiration_time.mut_or_insert_default().nanos = 5),
+        before
+    );
+    assert_ne!(incarnation(|e| e.url = "unix:///x".to_owned()), before);
+    assert_ne!(
+        incarnation(|e| e.initial_registration_time.mut_or_insert_default().nanos = 5),
+        before
+    );
+
     assert!(read(NetworkServiceEndpointResponse::default()).is_none());
     assert!(sighting(endpoint(Some(unix)), "another", &now).is_none());
 

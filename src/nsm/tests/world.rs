@@ -19,6 +19,7 @@ use crate::kernel::{NetHandle, NetMsg};
 use crate::nsm::client::{Leases, Nsmgr, Stream};
 use crate::nsm::convert::Template;
 use crate::nsm::netns::Netns;
+use crate::nsm::patience::Patience;
 use crate::nsm::{LbMesh, LbOptions, Surroundings};
 use crate::proto::connection::{
     Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State,
@@ -129,6 +130,26 @@ impl FakeNsmgr {
             recv(at(deadline)) -> _ => Err(late),
         }
     }
+
+    /// As [`NsmCaller`](crate::nsm::caller::NsmCaller) waits; the end of the
+    /// answer's channel is that of the deadline.
+    fn patient<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        patience: &mut Patience<'_>,
+        call: impl FnOnce(Answer<T>) -> Call,
+    ) -> Result<T, RpcError> {
+        let (tx, rx) = bounded(1);
+        self.0.send(call(tx)).map_err(|_| RpcError::Cancelled)?;
+        let late = RpcError::status(Code::DEADLINE_EXCEEDED, "the test did not answer");
+        let (answer_tx, answer) = bounded(1);
+        #[expect(clippy::disallowed_methods, reason = "ends at the deadline")]
+        std::thread::spawn(move || {
+            let result = rx.recv_deadline(deadline).unwrap_or(Err(late));
+            let _ = answer_tx.send(result);
+        });
+        patience.wait(&answer).unwrap_or(Err(RpcError::Cancelled))
+    }
 }
 
 impl Nsmgr for FakeNsmgr {
@@ -137,11 +158,11 @@ impl Nsmgr for FakeNsmgr {
         request: &NetworkServiceRequest,
         netns: &Netns,
         deadline: Instant,
-        stop: &Stop,
+        patience: &mut Patience<'_>,
     ) -> Result<Connection, RpcError> {
         let wanted = &request.mechanism_preferences[0].parameters["inodeURL"];
         assert_eq!(wanted, netns.url());
-        self.call(deadline, stop, |tx| Call::Request(request.clone(), tx))
+        self.patient(deadline, patience, |tx| Call::Request(request.clone(), tx))
     }
 
     fn close(
@@ -149,9 +170,9 @@ impl Nsmgr for FakeNsmgr {
         connection: &Connection,
         _netns: &Netns,
         deadline: Instant,
-        stop: &Stop,
+        patience: &mut Patience<'_>,
     ) -> Result<(), RpcError> {
-        self.call(deadline, stop, |tx| Call::Close(connection.clone(), tx))
+        self.patient(deadline, patience, |tx| Call::Close(connection.clone(), tx))
     }
 
     fn monitor(
@@ -183,12 +204,13 @@ pub(super) struct FakeIpam {
 
 impl Leases for FakeIpam {
     fn acquire(&self, id: LeaseId, _: Instant, _: &Stop) -> Result<Addresses, IpamError> {
-        self.acquired.send(id).unwrap();
+        // Nobody reads at the end of a test.
+        let _ = self.acquired.send(id);
         self.answer.lock().clone()
     }
 
     fn release_later(&self, id: LeaseId) {
-        self.released.send(id).unwrap();
+        let _ = self.released.send(id);
     }
 }
 
@@ -223,12 +245,13 @@ impl<T> Feed<T> {
 
 /// The mesh, and all that it talks to.
 pub(super) struct World {
-    // Dropped first: what waits for an answer then fails at once.
+    // Dropped before the mesh, which waits for its threads: what they wait for
+    // then fails at once.
     pub(super) calls: Receiver<Call>,
-    pub(super) mesh: LbMesh,
     pub(super) facts: Receiver<NetMsg>,
     pub(super) released: Receiver<LeaseId>,
     pub(super) acquired: Receiver<LeaseId>,
+    pub(super) mesh: LbMesh,
     pub(super) ipam: FakeIpam,
     pub(super) registry: Feed<NetworkServiceEndpointResponse>,
 }
@@ -424,6 +447,27 @@ pub(super) fn endpoint(name: &str, deleted: bool) -> NetworkServiceEndpointRespo
         }),
         deleted,
         ..NetworkServiceEndpointResponse::default()
+    }
+}
+
+/// The same LB, registered by another process, which listens elsewhere.
+pub(super) fn endpoint_at(name: &str, url: &str) -> NetworkServiceEndpointResponse {
+    let mut response = endpoint(name, false);
+    let endpoint = response.network_service_endpoint.mut_or_insert_default();
+    url.clone_into(&mut endpoint.url);
+    response
+}
+
+/// Lets the next call, a monitor, have a stream that is refused.
+pub(super) fn refused_stream(calls: &Receiver<Call>, code: Code) {
+    match calls.recv_timeout(PATIENCE).unwrap() {
+        Call::Monitor(_, reply) => {
+            let (feed, stream) = feed();
+            let refusal = RpcError::status(code, "no sufficient privileges");
+            feed.end(Err(StreamError::Rpc(refusal)));
+            reply.send(Ok(stream)).unwrap();
+        }
+        _ => panic!("another call than monitor"),
     }
 }
 

@@ -1,0 +1,188 @@
+//! An LB dies, and another process takes its name: what waits for the dead one
+//! is given up when the registry shows the successor.
+
+use super::world::{endpoint_at, refused_stream};
+use super::*;
+
+/// What is given up, and made again, is made within this.
+const SOON: Duration = Duration::from_secs(1);
+
+#[test]
+fn what_waits_for_a_dead_lb_is_given_up_for_its_successor() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    watch.message(update(&connection, State::DOWN));
+    assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    // nsmgr closes towards the dead one, and has no answer.
+    let (closed, _never_answered) = world.close();
+    assert_eq!(closed.path, connection.path);
+    world
+        .registry
+        .message(endpoint_at("lb-1", "unix:///second"));
+    let begun = clock::now();
+    let (request, _never_answered_either) = world.request();
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert_eq!(request.connection.state, State::RESELECT_REQUESTED.into());
+    assert_eq!(request.connection.path, connection.path);
+    // The successor dies in its turn.
+    world.registry.message(endpoint_at("lb-1", "unix:///third"));
+    let (again, reply) = world.request();
+    // No two Requests begin within a second.
+    assert!(begun.elapsed() < SOON * 2, "{:?}", begun.elapsed());
+    assert_eq!(again.connection, request.connection, "with the same path");
+    let rebuilt = answer(&again);
+    reply.send(Ok(rebuilt.clone())).unwrap();
+    world.expect_port("lb-1", &rebuilt);
+    let watch = world.monitor("lb-1", &[shown(&rebuilt, State::UP)]);
+    // Nothing is left that would be given up now.
+    world
+        .registry
+        .message(endpoint_at("lb-1", "unix:///fourth"));
+    watch.message(update(&rebuilt, State::REFRESH_REQUESTED));
+    let (refresh, reply) = world.request();
+    assert_eq!(refresh.connection.state, State::UP.into());
+    reply.send(Ok(answer(&refresh))).unwrap();
+    assert!(world.facts.recv_timeout(SOON).is_ok(), "still connected");
+}
+
+#[test]
+fn a_refresh_is_not_given_up_for_a_word_of_the_registry() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    watch.message(update(&connection, State::REFRESH_REQUESTED));
+    let (refresh, reply) = world.request();
+    world
+        .registry
+        .message(endpoint_at("lb-1", "unix:///second"));
+    // As after a restart of nsmgr, to which the LB registers anew.
+    assert!(world.calls.recv_timeout(SOON).is_err(), "another call");
+    reply.send(Ok(answer(&refresh))).unwrap();
+    assert!(matches!(world.fact(), Event::PortExpected { .. }));
+}
+
+#[test]
+fn a_first_request_to_a_dead_lb_is_looked_for_and_made_again() {
+    let world = world();
+    world.registers("lb-1");
+    world.monitor("lb-1", &[]);
+    let (first, _never_answered) = world.request();
+    world
+        .registry
+        .message(endpoint_at("lb-1", "unix:///second"));
+    let begun = clock::now();
+    // nsmgr may have connected it just then.
+    let orphan = answer(&first);
+    world.monitor("lb-1", &[shown(&orphan, State::UP)]);
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    let (closed, reply) = world.close();
+    assert_eq!(closed.path.path_segments, orphan.path.path_segments);
+    reply.send(Ok(())).unwrap();
+    let (request, _reply) = world.request();
+    assert_eq!(
+        request.connection.path.path_segments,
+        orphan.path.path_segments
+    );
+    assert_eq!(request.connection.state, State::RESELECT_REQUESTED.into());
+}
+
+#[test]
+fn a_close_to_a_dead_lb_is_given_up_when_it_is_registered_again() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    watch.message(update(&connection, State::DOWN));
+    assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    let (_, _never_answered) = world.close();
+    world.registry.message(endpoint("lb-1", true));
+    let (_, _never_answered) = world.close();
+    world
+        .registry
+        .message(endpoint_at("lb-1", "unix:///second"));
+    let begun = clock::now();
+    world.monitor("lb-1", &[]);
+    let (request, _reply) = world.request();
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert_eq!(request.connection.path.path_segments.len(), 1, "a new one");
+}
+
+#[test]
+fn a_refused_lb_is_asked_again_when_its_successor_registers() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    watch.message(event(
+        ConnectionEventType::DELETE,
+        &[shown(&connection, State::UP)],
+    ));
+    assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    let refuse = || RpcError::status(Code::UNKNOWN, "all forwarders have failed");
+    // 0.2, 0.4, 0.8 s later; what is deleted is not closed once more.
+    for _ in 0..4 {
+        let (_, reply) = world.request();
+        reply.send(Err(refuse())).unwrap();
+    }
+    // The next would be after 1.6 s, no sooner than 1 s after the last.
+    let begun = clock::now();
+    world
+        .registry
+        .message(endpoint_at("lb-1", "unix:///second"));
+    let (_, _reply) = world.request();
+    assert!(begun.elapsed() < SOON + SOON / 4, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_monitor_that_is_refused_prevents_nothing() {
+    for refusal in [Code::PERMISSION_DENIED, Code::UNIMPLEMENTED] {
+        let world = world();
+        world.registers("lb-1");
+        // nsmgr before v1.7 shows connections only to those who made them.
+        refused_stream(&world.calls, refusal);
+        let (request, reply) = world.request();
+        let connection = answer(&request);
+        reply.send(Ok(connection.clone())).unwrap();
+        world.expect_port("lb-1", &connection);
+        refused_stream(&world.calls, refusal);
+        // It is opened again, and until then the connection stands.
+        let watch = world.monitor("lb-1", &[shown(&connection, State::UP)]);
+        assert!(world.facts.is_empty());
+        watch.message(update(&connection, State::REFRESH_REQUESTED));
+        let (refresh, _reply) = world.request();
+        assert_eq!(refresh.connection.state, State::UP.into());
+    }
+}
+
+#[test]
+fn a_failed_refresh_leaves_the_monitor_armed() {
+    for stream_ends in [false, true] {
+        let world = world();
+        let (connection, watch) = world.connects("lb-1");
+        watch.message(update(&connection, State::REFRESH_REQUESTED));
+        let (_, reply) = world.request();
+        if stream_ends {
+            watch.end(Ok(()));
+        }
+        let refused = RpcError::status(Code::UNKNOWN, "all forwarders have failed");
+        reply.send(Err(refused)).unwrap();
+        let _watch = if stream_ends {
+            // The next refresh may come before the stream is opened.
+            loop {
+                match world.calls.recv_timeout(PATIENCE).unwrap() {
+                    Call::Monitor(_, reply) => {
+                        let (feed, stream) = feed();
+                        let down = shown(&connection, State::DOWN);
+                        feed.message(event(ConnectionEventType::INITIAL_STATE_TRANSFER, &[down]));
+                        reply.send(Ok(stream)).unwrap();
+                        break feed;
+                    }
+                    Call::Request(_, reply) => {
+                        let refused = RpcError::status(Code::UNKNOWN, "refused");
+                        reply.send(Err(refused)).unwrap();
+                    }
+                    _ => panic!("another call"),
+                }
+            }
+        } else {
+            watch.message(update(&connection, State::DOWN));
+            watch
+        };
+        assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    }
+}
