@@ -54,7 +54,7 @@ fn a_first_request_is_answered_completely() {
     let fact = format!("target connection {own} is up on {ifname}, peers 172.16.0.2");
     assert_eq!(bench.facts(), [fact]);
     assert_eq!(bench.ipam_log(), ["acquire t1"]);
-    assert_all_else_is_as_asked(asked, answer);
+    assert_all_else_is_as_asked(asked, &answer);
     let events = drain(&outlet).0;
     assert!(
         events[0].connections.is_empty(),
@@ -78,7 +78,7 @@ fn what_others_put_in(connection: &mut Connection) {
 }
 
 /// Puts what we answer into the request; then the two are equal.
-fn assert_all_else_is_as_asked(mut asked: Connection, answer: Connection) {
+fn assert_all_else_is_as_asked(mut asked: Connection, answer: &Connection) {
     asked.state = answer.state;
     asked.mechanism = answer.mechanism.clone();
     let (to, from) = (asked.context.mut_or_insert_default(), &answer.context);
@@ -92,7 +92,7 @@ fn assert_all_else_is_as_asked(mut asked: Connection, answer: Connection) {
     segments[1].token.clone_from(&renewed.token);
     segments[1].expires = renewed.expires.clone();
     segments[2] = own.clone();
-    assert_eq!(answer, asked);
+    assert_eq!(*answer, asked);
 }
 
 /// The interface, and the namespace that it goes to.
