@@ -1,7 +1,7 @@
 # Everything that is done with this repository. `make` alone lists the targets.
 #
-# All targets but `image` and `release` use one cargo profile, so that the C
-# core of gRPC is compiled once for a checkout.
+# All targets but `image`, `release` and `bench` use one cargo profile, so that
+# the C core of gRPC is compiled once for a checkout.
 
 CARGO ?= cargo
 CARGO_FLAGS ?= --locked
@@ -40,6 +40,11 @@ interop: deps ## The daemon in a mesh of the NSM SDK's own chains; needs Go
 .PHONY: interop-full
 interop-full: deps ## The same with all SDK versions, SPIRE and long refresh; half an hour
 	CARGO_BUILD_FLAGS="$(CARGO_BUILD_FLAGS)" scripts/interop.sh full
+
+.PHONY: bench
+bench: release ## Measure the optimised daemon in the lab; fails when an aim is missed
+	$(CARGO) build $(CARGO_FLAGS) --package meridio-lab --bin bench
+	MERIDIO_PROXY_BINARY=$(CURDIR)/target/release/proxy scripts/netns-run.sh target/debug/bench $(BENCH)
 
 .PHONY: fmt
 fmt: ## Format the code

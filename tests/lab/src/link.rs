@@ -25,6 +25,7 @@ use crate::netns::Netns;
 
 mod changes;
 mod codec;
+pub mod watch;
 pub use changes::{wait_ready, wait_running, wait_until};
 use codec::{
     address_message, collect, family, read_address, read_link, read_route, read_rule,

@@ -270,6 +270,14 @@ impl Topology {
     /// Adds a load balancer and waits until it is a next hop; then the router
     /// gives it flows. Returns its name.
     pub fn add_lb(&mut self) -> Result<String, String> {
+        let name = self.make_lb()?;
+        self.wait_hops()?;
+        self.spread(|_| true)?;
+        Ok(name)
+    }
+
+    /// Adds and registers a load balancer; does not wait for anything.
+    pub fn make_lb(&mut self) -> Result<String, String> {
         let number = self.next_lb;
         self.next_lb += 1;
         let lb = Lb::new(&format!("lb-{number}"), number).map_err(text)?;
@@ -279,8 +287,6 @@ impl Topology {
         let endpoint: Arc<dyn LocalEndpoint> = Arc::new(lb.clone());
         self.nsmgr.add_endpoint(&self.lb_service(), endpoint);
         self.lbs.insert(name.clone(), lb);
-        self.wait_hops()?;
-        self.spread(|_| true)?;
         Ok(name)
     }
 

@@ -14,7 +14,7 @@ use crate::netns::Netns;
 
 /// Links, addresses, routes and rules of both families (`enum
 /// rtnetlink_groups` of the kernel's uapi header).
-const GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
+pub(super) const GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
 
 /// How long the kernel may take to have a link ready.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
