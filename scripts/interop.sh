@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The real Network Service Mesh SDK, and with "full" the real SPIRE, judge the
-# daemon: tests/interop, docs/compat.md. Builds what it needs from the Go module
+# daemon: tests/interop, docs/interop.md. Builds what it needs from the Go module
 # proxy; says what is missing otherwise.
 #
 #   scripts/interop.sh            one SDK version, in-process Workload API

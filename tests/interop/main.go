@@ -1,6 +1,6 @@
 // Command interop is a mesh of the Network Service Mesh SDK's own chains, one
 // process for each part, and the scenarios that the daemon has to get through
-// in it. See docs/compat.md.
+// in it. See docs/interop.md.
 package main
 
 import (
