@@ -195,21 +195,38 @@ func (l *lab) dump(name string) {
 	}
 }
 
-// probes asks the real grpc-health-probe.
+// probes asks the real grpc-health-probe: the health socket, and with an SVID
+// the endpoint itself.
 func (l *lab) probes() error {
 	if l.probe == "" {
 		return fmt.Errorf("no grpc-health-probe given")
 	}
-	for _, service := range []string{"", "Readiness", "Liveness"} {
+	const name = "lb-6"
+	path, err := l.binary(name, l.probe)
+	if err != nil {
+		return err
+	}
+	endpoints, err := filepath.Glob(l.path("tmp", "proxy-*", "listen.on"))
+	if err != nil || len(endpoints) != 1 {
+		return fmt.Errorf("not one endpoint: %v (%w)", endpoints, err)
+	}
+	health := l.path("tmp", "health.sock")
+	for _, args := range [][]string{
+		{"-addr=unix://" + health, "-service="},
+		{"-addr=unix://" + health, "-service=Readiness"},
+		{"-addr=unix://" + health, "-service=Liveness"},
+		{"-addr=unix://" + endpoints[0], "-service=", "-spiffe"},
+	} {
 		deadline := time.Now().Add(20 * time.Second)
 		for {
-			out, err := exec.Command(l.probe, "-addr=unix://"+l.path("tmp", "health.sock"),
-				"-service="+service, "-connect-timeout=400ms", "-rpc-timeout=400ms").CombinedOutput()
+			probe := exec.Command(path, append(args, "-connect-timeout=1s", "-rpc-timeout=1s")...)
+			probe.Env = l.env(name)
+			out, err := probe.CombinedOutput()
 			if err == nil {
 				break
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("grpc-health-probe %q: %w: %s", service, err, out)
+				return fmt.Errorf("grpc-health-probe %q: %w: %s", args, err, out)
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
