@@ -119,6 +119,7 @@ func (l *lab) changes(r *report) error {
 }
 
 func (l *lab) restartDaemon(r *report, how string, before *rest, stop func() error) {
+	old, _ := l.ofLBs()
 	l.step(r, "the daemon restarts ("+how+")", 2, 60*time.Second, func() error {
 		if err := stop(); err != nil {
 			return err
@@ -131,6 +132,30 @@ func (l *lab) restartDaemon(r *report, how string, before *rest, stop func() err
 	}
 	l.later(r, fmt.Sprintf("%v after the daemon's restart (%s)", period, how), period)
 	l.nothingLeft(r, "the daemon's restart ("+how+")", before)
+	now, err := l.ofLBs()
+	kept := slices.DeleteFunc(now, func(link string) bool { return !slices.Contains(old, link) })
+	line := result{Step: "interfaces to LBs that were taken over (" + how + ")", Note: fmt.Sprintf("%d of %d", len(kept), len(old))}
+	if err != nil {
+		line.Failed = err.Error()
+	}
+	r.add(line)
+}
+
+// ofLBs are the interfaces of connections in the load balancers' pods.
+func (l *lab) ofLBs() ([]string, error) {
+	var found []string
+	for name, pod := range l.lbs {
+		links, err := linksOf(pod.ns)
+		if err != nil {
+			return nil, err
+		}
+		for _, link := range links {
+			if isConnection(link) {
+				found = append(found, fmt.Sprintf("%s/%d", name, link.Attrs().Index))
+			}
+		}
+	}
+	return found, nil
 }
 
 // restartIPAM ends IPAM's server for a while, in which nothing is lost; after

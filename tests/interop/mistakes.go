@@ -2,7 +2,10 @@ package main
 
 import (
 	"crypto/ecdsa"
+	"crypto/tls"
+	"crypto/x509"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"time"
@@ -23,6 +26,9 @@ func mistakes(key *ecdsa.PrivateKey) []mistake {
 	for _, call := range []string{request, closing, registerNS, unregisterNS, register, unregister, monitor, findNS, find} {
 		all = append(all, ofEnvelope(call, key)...)
 	}
+	all = append(all,
+		mistake{request, "no certificate", func(e *envelope) { e.tls = insecure() }},
+		mistake{request, "certificate of another authority", func(e *envelope) { e.tls = insecure(forged()) }})
 	all = append(all, ofRequest(key)...)
 	all = append(all, ofClose()...)
 	all = append(all, ofMonitor()...)
@@ -162,6 +168,29 @@ func ofRegistration() []mistake {
 		)
 	}
 	return all
+}
+
+// insecure trusts everybody.
+func insecure(own ...tls.Certificate) *tls.Config {
+	return &tls.Config{InsecureSkipVerify: true, Certificates: own, MinVersion: tls.VersionTLS12}
+}
+
+// forged is a certificate for a good SPIFFE ID, which a stranger has issued.
+func forged() tls.Certificate {
+	a, err := newAuthority("example.org", time.Hour)
+	if err != nil {
+		return tls.Certificate{}
+	}
+	answer, err := a.issue(&url.URL{Scheme: "spiffe", Host: a.domain, Path: "/ns/red/pod/lb-8"})
+	if err != nil {
+		return tls.Certificate{}
+	}
+	svid := answer.GetSvids()[0]
+	key, err := x509.ParsePKCS8PrivateKey(svid.GetX509SvidKey())
+	if err != nil {
+		return tls.Certificate{}
+	}
+	return tls.Certificate{Certificate: [][]byte{svid.GetX509Svid()}, PrivateKey: key}
 }
 
 // deadSocket is a socket whose server has gone: its URL and its file.

@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -56,7 +57,8 @@ type envelope struct {
 	expires  string
 	headers  metadata.MD // how many times each, and the registry's path
 	limit    time.Duration
-	file     string // whose descriptor goes along, if any
+	tls      *tls.Config // instead of one of the identity
+	file     string      // whose descriptor goes along, if any
 	request  *networkservice.NetworkServiceRequest
 	close    *networkservice.Connection
 	selector *networkservice.MonitorScopeSelector
@@ -174,9 +176,11 @@ func (a *accuser) call(ctx context.Context, source *workloadapi.X509Source, call
 			ctx = metadata.AppendToOutgoingContext(ctx, "path", path)
 		}
 	}
-	tls := credentials.NewTLS(tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeAny()))
+	if e.tls == nil {
+		e.tls = tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeAny())
+	}
 	cc, err := grpc.NewClient(grpcutils.URLToTarget(a.nsmgr),
-		grpc.WithTransportCredentials(grpcfd.TransportCredentials(tls)), grpcfd.WithChainUnaryInterceptor())
+		grpc.WithTransportCredentials(grpcfd.TransportCredentials(credentials.NewTLS(e.tls))), grpcfd.WithChainUnaryInterceptor())
 	if err != nil {
 		return err
 	}
