@@ -13,6 +13,8 @@ mode=${1:-short}
 out=$PWD/target/interop
 mkdir -p "$out"
 
+# Where the archive of go.dev is unpacked, often outside of PATH.
+PATH="$PATH:/usr/local/go/bin"
 if ! command -v go >/dev/null 2>&1; then
 	echo "interop: Go 1.26 or newer is missing: install it (https://go.dev/dl; Debian 12's golang-go is too old)" >&2
 	exit 1

@@ -46,8 +46,9 @@ const (
 	find         = "Find endpoint"
 )
 
-// patience is the deadline of a call that has one.
-const patience = 2 * time.Second
+// patience is the deadline of a call that has one: long for a good call on a
+// busy machine, short enough for the few that wait for it.
+const patience = 4 * time.Second
 
 // envelope is a call with all that goes with it, to be spoilt.
 type envelope struct {
