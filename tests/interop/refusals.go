@@ -125,7 +125,7 @@ func (a *accuser) accuse(ctx context.Context, m mistake, name string) string {
 		unregister: unregister, registerNS: unregisterNS, unregisterNS: unregisterNS}
 	if first := before[m.call]; first != "" {
 		if err := a.call(ctx, a.own, first, name, nil); err != nil {
-			return fmt.Sprintf("not reached: %s: %v", first, err)
+			return fmt.Sprintf("not reached | %s: %v", first, err)
 		}
 	}
 	if m.call == request {
@@ -147,8 +147,19 @@ func (a *accuser) accuse(ctx context.Context, m mistake, name string) string {
 	return fmt.Sprintf("%s | %.160s", answer.Code(), text)
 }
 
-// call makes one call on a connection of its own: descriptors stay with it.
+// call makes one call, and again where it met a race of the SDK's endpoint,
+// which now and then closes a descriptor before it has sent it (grpcfd).
 func (a *accuser) call(ctx context.Context, source *workloadapi.X509Source, call, name string, spoil func(*envelope)) error {
+	for range 3 {
+		if err := a.once(ctx, source, call, name, spoil); err == nil || !strings.Contains(err.Error(), "file already closed") {
+			return err
+		}
+	}
+	return a.once(ctx, source, call, name, spoil)
+}
+
+// once makes one call on a connection of its own: descriptors stay with it.
+func (a *accuser) once(ctx context.Context, source *workloadapi.X509Source, call, name string, spoil func(*envelope)) error {
 	e, err := a.envelope(source, call, name)
 	if err != nil {
 		return err
