@@ -34,7 +34,7 @@ demo: deps ## Bring up targets, load balancers and the daemon, send traffic, rep
 	scripts/netns-run.sh target/debug/demo
 
 .PHONY: interop
-interop: deps ## The daemon in a mesh of the NSM SDK's own chains; needs Go
+interop: deps ## The daemon in a mesh of the NSM SDK's own chains; needs Go; 10 minutes
 	CARGO_BUILD_FLAGS="$(CARGO_BUILD_FLAGS)" scripts/interop.sh
 
 .PHONY: interop-full
@@ -64,7 +64,7 @@ deny: ## Dependency bans, licences, sources and, where the database is, advisori
 	@scripts/deny.sh
 
 .PHONY: check
-check: lint test demo deny ## What CI runs
+check: lint test demo deny interop ## What CI runs
 
 .PHONY: release
 release: deps ## The optimised daemon: target/release/proxy

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The real Network Service Mesh SDK, and with "full" the real SPIRE, judge the
-# daemon: tests/interop, docs/interop.md. Builds what it needs from the Go module
-# proxy; says what is missing otherwise.
+# daemon, and the lab that the other tests use: tests/interop, docs/interop.md.
+# Builds what it needs from the Go module proxy; says what is missing otherwise.
+# At the end there is a table in Markdown, target/interop/table.md too.
 #
 #   scripts/interop.sh            one SDK version, in-process Workload API
-#   scripts/interop.sh full       all versions and identities, long refresh; a table
+#   scripts/interop.sh full       all versions and identities, long refresh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,13 +13,11 @@ mode=${1:-short}
 out=$PWD/target/interop
 mkdir -p "$out"
 
+# Where the archive of go.dev is unpacked, often outside of PATH.
+PATH="$PATH:/usr/local/go/bin"
 if ! command -v go >/dev/null 2>&1; then
-	if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends golang-go >/dev/null
-	else
-		echo "interop: Go 1.26 or newer is missing: install it (https://go.dev/dl, or your distribution's golang-go)" >&2
-		exit 1
-	fi
+	echo "interop: Go 1.26 or newer is missing: install it (https://go.dev/dl; Debian 12's golang-go is too old)" >&2
+	exit 1
 fi
 version=$(go env GOVERSION)
 case $version in
@@ -46,31 +45,36 @@ failed=0
 table="$out/table.jsonl"
 : >"$table"
 
-# scenario TITLE MESH [FLAG...]: a table of its steps
+# scenario TITLE MESH run|judge [FLAG...]
 scenario() {
-	local title=$1 mesh=$2 begun=$SECONDS
-	shift 2
-	printf '\n== interop: %s\n' "$title"
-	if ! scripts/netns-run.sh "$out/$mesh" run -daemon target/debug/proxy -services target/debug/services \
-		-probe "$out/grpc-health-probe" -title "$title" "$@" | tee "$out/last.log"; then
+	local title=$1 mesh=$2 role=$3 begun=$SECONDS
+	shift 3
+	printf '\n== interop: %s: %s\n' "$title" "$role"
+	if [ "$role" = run ]; then
+		set -- -daemon target/debug/proxy -probe "$out/grpc-health-probe" "$@"
+	fi
+	if ! scripts/netns-run.sh "$out/$mesh" "$role" -services target/debug/services -title "$title" "$@" | tee "$out/last.log"; then
 		failed=1
-		printf '== interop: %s FAILED\n' "$title"
+		printf '== interop: %s: %s FAILED\n' "$title" "$role"
 	fi
 	grep '^{' "$out/last.log" >>"$table" || true
-	printf '== interop: %s: %d s\n' "$title" "$((SECONDS - begun))"
+	printf '== interop: %s: %s: %d s\n' "$title" "$role" "$((SECONDS - begun))"
 }
 
 if [ "$mode" = full ]; then
 	build tests/interop go.v1.18.mod "$out/mesh-1.18" .
 	build tests/interop/tools/spire go.mod "$out/spire-server" github.com/spiffe/spire/cmd/spire-server
 	build tests/interop/tools/spire go.mod "$out/spire-agent" github.com/spiffe/spire/cmd/spire-agent
-	scenario "SDK v1.14.5" mesh-1.14
-	scenario "SDK v1.14.5, SPIRE" mesh-1.14 -spire "$out"
-	scenario "SDK v1.14.5, 30 s tokens, rotation" mesh-1.14 -long
-	scenario "SDK v1.18.0" mesh-1.18
-	scenario "SDK v1.18.0, SPIRE, 30 s tokens, rotation" mesh-1.18 -long -spire "$out"
+	scenario "SDK v1.14.5" mesh-1.14 judge
+	scenario "SDK v1.18.0" mesh-1.18 judge
+	scenario "SDK v1.14.5" mesh-1.14 run
+	scenario "SDK v1.18.0, SPIRE" mesh-1.18 run -spire "$out"
+	scenario "SDK v1.14.5, SPIRE, 30 s tokens, rotation" mesh-1.14 run -long -spire "$out"
+	scenario "SDK v1.18.0, 30 s tokens, rotation" mesh-1.18 run -long
 else
-	scenario "SDK v1.14.5" mesh-1.14
+	scenario "SDK v1.14.5" mesh-1.14 judge
+	scenario "SDK v1.14.5" mesh-1.14 run -short
 fi
-printf '\ntable: %s\n' "$table"
+"$out/mesh-1.14" table "$table" | tee "$out/table.md"
+printf '\n== interop: all done in %d s, %s\n' "$SECONDS" "$([ "$failed" = 0 ] && echo passed || echo FAILED)"
 exit "$failed"

@@ -23,6 +23,7 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/recvfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/null"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/ipam/point2pointipam"
 	registryclient "github.com/networkservicemesh/sdk/pkg/registry/chains/client"
 	registrynull "github.com/networkservicemesh/sdk/pkg/registry/common/null"
 	registrysendfd "github.com/networkservicemesh/sdk/pkg/registry/common/sendfd"
@@ -33,7 +34,8 @@ import (
 )
 
 // runLB is a load balancer: an endpoint of the SDK with the chain of Meridio's
-// stateless-lb, and routes to the targets in place of its nfqueue. Commands on
+// stateless-lb, and routes to the targets in place of its nfqueue; with
+// INTEROP_PREFIXES it gives clients addresses, too. Commands on
 // standard input: `targets VIP=IP,IP VIP=IP,...`.
 func runLB(ctx context.Context) error {
 	own, err := newIdentity(ctx)
@@ -46,17 +48,23 @@ func runLB(ctx context.Context) error {
 	}
 	name, service := os.Getenv("NSM_NAME"), os.Getenv("NSM_SERVICE_NAME")
 	listen := "unix://" + filepath.Join(os.Getenv("INTEROP_DIR"), name+".nse.sock")
+	elements := []networkservice.NetworkServiceServer{
+		recvfd.NewServer(),
+		mechanisms.NewServer(map[string]networkservice.NetworkServiceServer{
+			kernelmech.MECHANISM: kernel.NewServer(),
+			noop.MECHANISM:       null.NewServer(),
+		}),
+		sendfd.NewServer(),
+	}
+	for _, text := range strings.Split(os.Getenv("INTEROP_PREFIXES"), ",") {
+		if _, prefix, err := net.ParseCIDR(text); err == nil {
+			elements = append([]networkservice.NetworkServiceServer{point2pointipam.NewServer(prefix)}, elements...)
+		}
+	}
 	chain := endpoint.NewServer(ctx, own.tokens,
 		endpoint.WithName(name),
 		endpoint.WithAuthorizeServer(authorize.NewServer()),
-		endpoint.WithAdditionalFunctionality(
-			recvfd.NewServer(),
-			mechanisms.NewServer(map[string]networkservice.NetworkServiceServer{
-				kernelmech.MECHANISM: kernel.NewServer(),
-				noop.MECHANISM:       null.NewServer(),
-			}),
-			sendfd.NewServer(),
-		),
+		endpoint.WithAdditionalFunctionality(elements...),
 	)
 	server := grpc.NewServer(own.serverOptions()...)
 	chain.Register(server)

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,7 +36,8 @@ import (
 )
 
 // runForwarder is a kernel forwarder in the order of forwarder-vpp's chain;
-// only the data plane elements are ours (veth.go).
+// only the data plane elements are ours (veth.go). The command `pairs` on
+// standard input tells which connections have a pair of interfaces.
 func runForwarder(ctx context.Context) error {
 	own, err := newIdentity(ctx)
 	if err != nil {
@@ -83,6 +86,13 @@ func runForwarder(ctx context.Context) error {
 	)
 	server := grpc.NewServer(own.serverOptions()...)
 	chain.Register(server)
+	go commands(ctx, func(words []string) error {
+		if words[0] != "pairs" {
+			return fmt.Errorf("unknown command %q", words)
+		}
+		say("pairs "+strings.Join(plane.names(), " "), nil)
+		return nil
+	})
 	go func() {
 		_, err := nses.Register(ctx, &registryapi.NetworkServiceEndpoint{
 			Name:                name,

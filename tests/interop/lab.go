@@ -50,6 +50,12 @@ type lab struct {
 	vips     []string
 	traffic  *traffic
 	ctx      context.Context
+	// more of the environment of load balancers
+	lbEnv []string
+	// what targets ask for
+	targetService string
+	// look at the time after a restart for a shorter while
+	short bool
 }
 
 type lbPod struct {
@@ -68,7 +74,7 @@ type targetPod struct {
 
 func newLab(ctx context.Context, dir string) (*lab, error) {
 	l := &lab{
-		dir: dir, ctx: ctx, tokens: "10m", expire: "1m", ttl: time.Hour,
+		dir: dir, ctx: ctx, targetService: tpService, tokens: "10m", expire: "1m", ttl: time.Hour,
 		parts: map[string]*process{}, lbs: map[string]*lbPod{}, targets: map[string]*targetPod{},
 	}
 	var err error
@@ -317,7 +323,7 @@ func (l *lab) startLB(name string) error {
 		}
 		l.lbs[name] = pod
 	}
-	p, err := l.own(name, pod.ns, []string{"lb"}, "NSM_SERVICE_NAME="+lbService)
+	p, err := l.own(name, pod.ns, []string{"lb"}, append(l.lbEnv, "NSM_SERVICE_NAME="+lbService)...)
 	if err != nil {
 		return err
 	}
@@ -403,7 +409,7 @@ func (l *lab) startTarget(name string) error {
 		pod = &targetPod{ns: ns, echoes: map[string]net.PacketConn{}}
 		l.targets[name] = pod
 	}
-	return l.ready(l.own(name, pod.ns, []string{"target"}, "NSM_SERVICE_NAME="+tpService))
+	return l.ready(l.own(name, pod.ns, []string{"target"}, "NSM_SERVICE_NAME="+l.targetService))
 }
 
 // connectTarget connects it with all VIPs and tells the load balancers.
@@ -503,4 +509,5 @@ func (l *lab) stop() {
 	for _, p := range l.parts {
 		p.kill()
 	}
+	_ = ip(l.base, "link", "del", "pod")
 }

@@ -31,7 +31,7 @@ func run(args []string) error {
 		logrus.SetLevel(level)
 	}
 	if len(args) == 0 {
-		return fmt.Errorf("no role: authority, registry, nsmgr, forwarder, lb, target, run")
+		return fmt.Errorf("no role: authority, registry, nsmgr, forwarder, lb, target, run, judge, table")
 	}
 	switch args[0] {
 	case "authority":
@@ -50,6 +50,10 @@ func run(args []string) error {
 		return runRefusals(ctx)
 	case "target":
 		return runTarget(ctx)
+	case "judge":
+		return runJudge(ctx, args[1:])
+	case "table":
+		return printTable(os.Stdout, args[1:])
 	case "run":
 		return runScenarios(ctx, args[1:])
 	default:

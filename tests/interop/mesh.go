@@ -49,7 +49,8 @@ func runRegistry(ctx context.Context) error {
 	return serve(ctx, grpcServer, os.Getenv("INTEROP_LISTEN"))
 }
 
-// runNsmgr is the network service manager, composed as cmd-nsmgr does.
+// runNsmgr is the network service manager, composed as cmd-nsmgr does. The
+// command `streams` on standard input tells which streams the daemon has.
 func runNsmgr(ctx context.Context) error {
 	own, err := newIdentity(ctx)
 	if err != nil {
@@ -78,8 +79,16 @@ func runNsmgr(ctx context.Context) error {
 		nsmgr.WithAuthorizeNSRegistryClient(registryauthorize.NewNetworkServiceRegistryClient(client)),
 		nsmgr.WithAuthorizeNSERegistryClient(registryauthorize.NewNetworkServiceEndpointRegistryClient(client)),
 	)
-	grpcServer := grpc.NewServer(own.serverOptions()...)
+	open := &openStreams{count: map[string]int{}}
+	grpcServer := grpc.NewServer(append(own.serverOptions(), grpc.ChainStreamInterceptor(open.intercept))...)
 	chain.Register(grpcServer)
+	go commands(ctx, func(words []string) error {
+		if words[0] != "streams" {
+			return fmt.Errorf("unknown command %q", words)
+		}
+		say(open.of("proxy"), nil)
+		return nil
+	})
 	return serve(ctx, grpcServer, os.Getenv("INTEROP_LISTEN"), os.Getenv("INTEROP_PUBLIC"))
 }
 

@@ -220,6 +220,38 @@ func (p *process) command(limit time.Duration, words ...string) error {
 	return err
 }
 
+// ask sends a command and waits for the line that begins with its name, and for
+// the end of the answer.
+func (p *process) ask(limit time.Duration, what string, words ...string) (string, error) {
+	if _, err := fmt.Fprintln(p.stdin, strings.Join(append([]string{what}, words...), " ")); err != nil {
+		return "", fmt.Errorf("%s: %w", p.name, err)
+	}
+	line, err := p.line(what, limit)
+	if err == nil {
+		_, err = p.line("ok", limit)
+	}
+	return line, err
+}
+
+// all sends a command and gathers the lines of its answer that begin so.
+func (p *process) all(limit time.Duration, prefix string, words ...string) ([]string, error) {
+	p.mu.Lock()
+	from := len(p.lines)
+	p.mu.Unlock()
+	if err := p.command(limit, words...); err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var found []string
+	for _, line := range p.lines[from:] {
+		if text, ok := strings.CutPrefix(line, prefix); ok {
+			found = append(found, text)
+		}
+	}
+	return found, nil
+}
+
 func (p *process) kill() {
 	_ = p.cmd.Process.Kill()
 	<-p.ended

@@ -6,9 +6,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -18,8 +22,10 @@ import (
 	"github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/cls"
 	kernelmech "github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/kernel"
 	"github.com/networkservicemesh/api/pkg/api/networkservice/payload"
+	registryapi "github.com/networkservicemesh/api/pkg/api/registry"
 	"github.com/networkservicemesh/sdk/pkg/tools/grpcutils"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -27,163 +33,273 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// envelope is what a client sends beside a Request, to be spoilt.
+// A call of nsmgr.
+const (
+	request      = "Request"
+	closing      = "Close"
+	monitor      = "MonitorConnections"
+	registerNS   = "Register service"
+	unregisterNS = "Unregister service"
+	findNS       = "Find service"
+	register     = "Register endpoint"
+	unregister   = "Unregister endpoint"
+	find         = "Find endpoint"
+)
+
+// patience is the deadline of a call that has one: long for a good call on a
+// busy machine, short enough for the few that wait for it.
+const patience = 4 * time.Second
+
+// envelope is a call with all that goes with it, to be spoilt.
 type envelope struct {
-	claims  jwt.MapClaims
-	key     crypto.PrivateKey
-	expires string
-	headers metadata.MD
-	request *networkservice.NetworkServiceRequest
-	inode   string
+	claims   jwt.MapClaims
+	key      crypto.PrivateKey
+	token    string // instead of one from claims and key
+	expires  string
+	headers  metadata.MD // how many times each, and the registry's path
+	limit    time.Duration
+	tls      *tls.Config // instead of one of the identity
+	file     string      // whose descriptor goes along, if any
+	request  *networkservice.NetworkServiceRequest
+	close    *networkservice.Connection
+	selector *networkservice.MonitorScopeSelector
+	service  *registryapi.NetworkService
+	endpoint *registryapi.NetworkServiceEndpoint
 }
 
-// refusal is one way to be wrong, and what the real nsmgr says to it.
-type refusal struct {
+// mistake is one way to be wrong.
+type mistake struct {
+	call  string
 	name  string
 	spoil func(*envelope)
-	code  codes.Code
-	text  string
 }
 
-func refusalTable(stranger *ecdsa.PrivateKey) []refusal {
-	none := func(*envelope) {}
-	first := func(e *envelope) *networkservice.PathSegment { return e.request.Connection.Path.PathSegments[0] }
-	return []refusal{
-		{"nothing is wrong", none, codes.OK, ""},
-		{"no path", func(e *envelope) { e.request.Connection.Path = nil }, codes.PermissionDenied, "no sufficient privileges"},
-		{"no token header", func(e *envelope) { e.headers.Delete("nsm-client-token") }, codes.PermissionDenied, "no sufficient privileges"},
-		{"two token headers", func(e *envelope) {
-			e.headers.Append("nsm-client-token", e.headers.Get("nsm-client-token")...)
-		}, codes.PermissionDenied, "no sufficient privileges"},
-		{"no expires header", func(e *envelope) { e.headers.Delete("nsm-client-token-expires") }, codes.PermissionDenied, "no sufficient privileges"},
-		{"expires is no time", func(e *envelope) { e.expires = "soon" }, codes.PermissionDenied, "no sufficient privileges"},
-		{"exp is past", func(e *envelope) { e.claims["exp"] = time.Now().Add(-time.Minute).Unix() }, codes.PermissionDenied, "no sufficient privileges"},
-		{"no exp", func(e *envelope) { delete(e.claims, "exp") }, codes.PermissionDenied, "no sufficient privileges"},
-		{"aud is another's", func(e *envelope) { e.claims["aud"] = []string{"spiffe://example.org/other"} }, codes.PermissionDenied, "no sufficient privileges"},
-		{"aud is a string", func(e *envelope) { e.claims["aud"] = e.claims["aud"].([]string)[0] }, codes.PermissionDenied, "no sufficient privileges"},
-		{"two aud", func(e *envelope) {
-			e.claims["aud"] = append(e.claims["aud"].([]string), "spiffe://example.org/other")
-		}, codes.Internal, ""},
-		{"no aud", func(e *envelope) { delete(e.claims, "aud") }, codes.PermissionDenied, "no sufficient privileges"},
-		{"another's key", func(e *envelope) { e.key = stranger }, codes.PermissionDenied, "no sufficient privileges"},
-		{"sub is another's", func(e *envelope) { e.claims["sub"] = "spiffe://example.org/other" }, codes.OK, ""},
-		{"segment id is not the connection's", func(e *envelope) { first(e).Id = "other" }, codes.Unknown, "should be equal"},
-		{"index beyond the path", func(e *envelope) { e.request.Connection.Path.Index = 5 }, codes.Unknown, "Path.Index"},
-		{"unknown service", func(e *envelope) { e.request.Connection.NetworkService = "nothing" }, codes.Unknown, "is not found"},
-		{"other payload", func(e *envelope) { e.request.Connection.Payload = payload.IP }, codes.Unknown, "is not found"},
-		{"unknown endpoint", func(e *envelope) { e.request.Connection.NetworkServiceEndpointName = "nothing" }, codes.Unknown, "not found"},
-		{"inode without descriptor", func(e *envelope) { e.inode = "inode://4/1" }, codes.DeadlineExceeded, ""},
-		{"inodeURL is no URL", func(e *envelope) { e.inode = "inode://x/y" }, codes.Unknown, ""},
-		{"mechanism that nobody has", func(e *envelope) {
-			e.request.MechanismPreferences[0].Type = "VXLAN"
-		}, codes.Unknown, "mechanism"},
-	}
+// accuser makes mistakes, under one identity or another.
+type accuser struct {
+	// answered is what the last Request was answered, for a Close.
+	answered *networkservice.Connection
+	own      *workloadapi.X509Source
+	other    *workloadapi.X509Source
+	stranger *ecdsa.PrivateKey
+	nsmgr    *url.URL
+	dir      string
 }
 
-// runRefusals is a client that makes each mistake once against the real nsmgr.
+// runRefusals is a client that makes each mistake once, against whatever nsmgr
+// is at NSM_CONNECT_TO, and tells what it is answered.
 func runRefusals(ctx context.Context) error {
-	own, err := newIdentity(ctx)
-	if err != nil {
+	a := &accuser{dir: os.Getenv("INTEROP_DIR")}
+	var err error
+	if a.own, err = workloadapi.NewX509Source(ctx); err != nil {
 		return err
 	}
-	stranger, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
+	if a.other, err = workloadapi.NewX509Source(ctx,
+		workloadapi.WithClientOptions(workloadapi.WithAddr(os.Getenv("INTEROP_OTHER")))); err != nil {
 		return err
 	}
-	nsmgr, err := url.Parse(os.Getenv("NSM_CONNECT_TO"))
-	if err != nil {
+	if a.stranger, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return err
 	}
-	tls := credentials.NewTLS(tlsconfig.MTLSClientConfig(own.source, own.source, tlsconfig.AuthorizeAny()))
-	wrong := 0
-	for _, c := range refusalTable(stranger) {
-		// A connection for each: descriptors stay with it.
-		cc, err := grpc.NewClient(grpcutils.URLToTarget(nsmgr),
-			grpc.WithTransportCredentials(grpcfd.TransportCredentials(tls)),
-			grpcfd.WithChainUnaryInterceptor())
-		if err != nil {
-			return err
-		}
-		got, _ := status.FromError(tryRequest(ctx, cc, own, c))
-		verdict := "as expected"
-		if got.Code() != c.code || !strings.Contains(got.Message(), c.text) {
-			verdict = fmt.Sprintf("NOT as expected (%s)", c.code)
-			wrong++
-		}
-		say(fmt.Sprintf("refusal | %s | %s | %.150s | %s", c.name, got.Code(), got.Message(), verdict), nil)
-		_ = cc.Close()
+	if a.nsmgr, err = url.Parse(os.Getenv("NSM_CONNECT_TO")); err != nil {
+		return err
 	}
-	if wrong > 0 {
-		return fmt.Errorf("%d refusals are not as expected", wrong)
+	// What is refused, because it is another's.
+	if err := a.call(ctx, a.other, registerNS, "of another", nil); err != nil {
+		return fmt.Errorf("%s: %w", registerNS, err)
+	}
+	if err := a.call(ctx, a.other, register, "of-another", nil); err != nil {
+		return fmt.Errorf("%s: %w", register, err)
+	}
+	for number, m := range mistakes(a.stranger) {
+		say(fmt.Sprintf("refusal | %s | %s | %s", m.call, m.name, a.accuse(ctx, m, fmt.Sprintf("refused-%d", number))), nil)
 	}
 	say("done", nil)
 	return nil
 }
 
-func tryRequest(ctx context.Context, cc *grpc.ClientConn, own *identity, c refusal) error {
-	svid, err := own.source.GetX509SVID()
+// accuse makes one mistake, after what is needed to get so far, and cleans up.
+// A Request that was refused leaves nothing to close.
+func (a *accuser) accuse(ctx context.Context, m mistake, name string) string {
+	before := map[string]string{closing: request, monitor: request, unregister: register, unregisterNS: registerNS}
+	after := map[string]string{request: closing, monitor: closing, closing: closing, register: unregister,
+		unregister: unregister, registerNS: unregisterNS, unregisterNS: unregisterNS}
+	if first := before[m.call]; first != "" {
+		if err := a.call(ctx, a.own, first, name, nil); err != nil {
+			return fmt.Sprintf("not reached | %s: %v", first, err)
+		}
+	}
+	if m.call == request {
+		a.answered = nil
+	}
+	err := a.call(ctx, a.own, m.call, name, m.spoil)
+	answer, _ := status.FromError(err)
+	switch {
+	case errors.Is(err, io.EOF):
+		answer = status.New(codes.OK, "the stream ends")
+	case strings.Contains(answer.Message(), "context deadline exceeded"):
+		// Whoever of the two notices first.
+		answer = status.New(codes.DeadlineExceeded, answer.Message())
+	}
+	if last := after[m.call]; last != "" && (last != closing || a.answered != nil) {
+		_ = a.call(ctx, a.own, last, name, nil)
+	}
+	text := strings.ReplaceAll(strings.ReplaceAll(answer.Message(), "|", "/"), "\n", " ")
+	return fmt.Sprintf("%s | %.160s", answer.Code(), text)
+}
+
+// call makes one call, and again where it met a race of the SDK's endpoint,
+// which now and then closes a descriptor before it has sent it (grpcfd).
+func (a *accuser) call(ctx context.Context, source *workloadapi.X509Source, call, name string, spoil func(*envelope)) error {
+	for range 3 {
+		if err := a.once(ctx, source, call, name, spoil); err == nil || !strings.Contains(err.Error(), "file already closed") {
+			return err
+		}
+	}
+	return a.once(ctx, source, call, name, spoil)
+}
+
+// once makes one call on a connection of its own: descriptors stay with it.
+func (a *accuser) once(ctx context.Context, source *workloadapi.X509Source, call, name string, spoil func(*envelope)) error {
+	e, err := a.envelope(source, call, name)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	if spoil != nil {
+		spoil(e)
+	}
+	if e.token == "" {
+		if e.token, err = jwt.NewWithClaims(jwt.SigningMethodES256, e.claims).SignedString(e.key); err != nil {
+			return err
+		}
+	}
+	cancel := context.CancelFunc(func() {})
+	if e.limit > 0 {
+		ctx, cancel = context.WithTimeout(ctx, e.limit)
+	}
 	defer cancel()
-	id := "refusal-" + strings.ReplaceAll(c.name, " ", "-")
-	e := &envelope{
-		claims: jwt.MapClaims{
-			"sub": svid.ID.String(), "aud": []string{"spiffe://example.org/ns/red/pod/nsmgr"},
-			"exp": time.Now().Add(time.Minute).Unix(),
-		},
-		key:     svid.PrivateKey,
-		expires: time.Now().Add(time.Minute).UTC().Format(time.RFC3339Nano),
-		request: &networkservice.NetworkServiceRequest{
-			Connection: &networkservice.Connection{
-				Id: id, NetworkService: lbService, Payload: payload.Ethernet,
-				NetworkServiceEndpointName: "lb-1",
-				Context:                    &networkservice.ConnectionContext{IpContext: &networkservice.IPContext{}},
-				Path:                       &networkservice.Path{PathSegments: []*networkservice.PathSegment{{Name: "refused", Id: id}}},
-			},
-			MechanismPreferences: []*networkservice.Mechanism{{
-				Cls: cls.LOCAL, Type: kernelmech.MECHANISM,
-				Parameters: map[string]string{"name": "refused-0"},
-			}},
-		},
-		headers: metadata.MD{"nsm-client-token": {""}, "nsm-client-token-expires": {""}},
-	}
-	c.spoil(e)
-	token, err := jwt.NewWithClaims(jwt.SigningMethodES256, e.claims).SignedString(e.key)
-	if err != nil {
-		return err
-	}
 	for range e.headers.Get("nsm-client-token") {
-		ctx = metadata.AppendToOutgoingContext(ctx, "nsm-client-token", token)
+		ctx = metadata.AppendToOutgoingContext(ctx, "nsm-client-token", e.token)
 	}
 	for range e.headers.Get("nsm-client-token-expires") {
 		ctx = metadata.AppendToOutgoingContext(ctx, "nsm-client-token-expires", e.expires)
 	}
-	const netns = "/proc/thread-self/ns/net"
-	inode, err := grpcfd.FilenameToURL(netns)
+	if strings.HasPrefix(call, "Register") || strings.HasPrefix(call, "Unregister") {
+		for _, path := range e.headers.Get("path") {
+			ctx = metadata.AppendToOutgoingContext(ctx, "path", path)
+		}
+	}
+	if e.tls == nil {
+		e.tls = tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeAny())
+	}
+	cc, err := grpc.NewClient(grpcutils.URLToTarget(a.nsmgr),
+		grpc.WithTransportCredentials(grpcfd.TransportCredentials(credentials.NewTLS(e.tls))), grpcfd.WithChainUnaryInterceptor())
 	if err != nil {
 		return err
 	}
+	defer func() { _ = cc.Close() }()
 	var options []grpc.CallOption
-	if e.inode == "" {
-		e.inode = inode.String()
+	if e.file != "" {
 		perRPC := grpcfd.PerRPCCredentials(grpcfd.PerRPCCredentialsFromCallOptions())
 		sender, _ := grpcfd.FromPerRPCCredentials(perRPC)
-		errs := sender.SendFilename(netns)
 		select {
-		case err := <-errs:
+		case err := <-sender.SendFilename(e.file):
 			return err
 		default:
 		}
 		options = append(options, grpc.PerRPCCredentials(perRPC))
 	}
-	e.request.MechanismPreferences[0].Parameters["inodeURL"] = e.inode
-	client := networkservice.NewNetworkServiceClient(cc)
-	conn, err := client.Request(ctx, e.request, options...)
-	if err != nil {
-		return err
+	return a.send(ctx, cc, call, e, options)
+}
+
+func (a *accuser) send(ctx context.Context, cc *grpc.ClientConn, call string, e *envelope, options []grpc.CallOption) (err error) {
+	// Streams are asked for their first answer only.
+	streaming, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	var stream interface{ RecvMsg(any) error }
+	switch call {
+	case request:
+		a.answered, err = networkservice.NewNetworkServiceClient(cc).Request(ctx, e.request, options...)
+	case closing:
+		_, err = networkservice.NewNetworkServiceClient(cc).Close(ctx, e.close, options...)
+	case registerNS:
+		_, err = registryapi.NewNetworkServiceRegistryClient(cc).Register(ctx, e.service)
+	case unregisterNS:
+		_, err = registryapi.NewNetworkServiceRegistryClient(cc).Unregister(ctx, e.service)
+	case register:
+		_, err = registryapi.NewNetworkServiceEndpointRegistryClient(cc).Register(ctx, e.endpoint, options...)
+	case unregister:
+		_, err = registryapi.NewNetworkServiceEndpointRegistryClient(cc).Unregister(ctx, e.endpoint, options...)
+	case monitor:
+		if stream, err = networkservice.NewMonitorConnectionClient(cc).MonitorConnections(streaming, e.selector); err == nil {
+			err = stream.RecvMsg(&networkservice.ConnectionEvent{})
+		}
+	case findNS:
+		query := &registryapi.NetworkServiceQuery{NetworkService: e.service, Watch: true}
+		if stream, err = registryapi.NewNetworkServiceRegistryClient(cc).Find(streaming, query); err == nil {
+			err = stream.RecvMsg(&registryapi.NetworkServiceResponse{})
+		}
+	case find:
+		query := &registryapi.NetworkServiceEndpointQuery{NetworkServiceEndpoint: e.endpoint, Watch: true}
+		if stream, err = registryapi.NewNetworkServiceEndpointRegistryClient(cc).Find(streaming, query); err == nil {
+			err = stream.RecvMsg(&registryapi.NetworkServiceEndpointResponse{})
+		}
 	}
-	_, _ = client.Close(ctx, conn, options...)
-	return nil
+	return err
+}
+
+// envelope is a call in which nothing is wrong.
+func (a *accuser) envelope(source *workloadapi.X509Source, call, name string) (*envelope, error) {
+	svid, err := source.GetX509SVID()
+	if err != nil {
+		return nil, err
+	}
+	files := map[bool]string{false: "/proc/thread-self/ns/net", true: filepath.Join(a.dir, "lb-1.nse.sock")}
+	inode, err := grpcfd.FilenameToURL(files[false])
+	if err != nil {
+		return nil, err
+	}
+	socket, err := grpcfd.FilenameToURL(files[true])
+	if err != nil {
+		return nil, err
+	}
+	if call == findNS || call == find {
+		name = lbService
+	}
+	segment := &networkservice.PathSegment{Name: "refused", Id: name}
+	e := &envelope{
+		claims: jwt.MapClaims{
+			"sub": svid.ID.String(), "aud": []string{os.Getenv("INTEROP_NSMGR_ID")},
+			"exp": time.Now().Add(time.Minute).Unix(),
+		},
+		key:     svid.PrivateKey,
+		expires: time.Now().Add(time.Minute).UTC().Format(time.RFC3339Nano),
+		limit:   patience,
+		file:    files[call == register || call == unregister],
+		close:   a.answered.Clone(),
+		headers: metadata.MD{
+			"nsm-client-token": {""}, "nsm-client-token-expires": {""}, "path": {`{"Index":0,"PathSegments":[]}`},
+		},
+		request: &networkservice.NetworkServiceRequest{
+			Connection: &networkservice.Connection{
+				Id: name, NetworkService: lbService, Payload: payload.Ethernet,
+				NetworkServiceEndpointName: "lb-1",
+				Context:                    &networkservice.ConnectionContext{IpContext: &networkservice.IPContext{}},
+				Path:                       &networkservice.Path{PathSegments: []*networkservice.PathSegment{segment}},
+			},
+			MechanismPreferences: []*networkservice.Mechanism{{
+				Cls: cls.LOCAL, Type: kernelmech.MECHANISM,
+				Parameters: map[string]string{"name": "refused-0", "inodeURL": inode.String()},
+			}},
+		},
+		selector: &networkservice.MonitorScopeSelector{PathSegments: []*networkservice.PathSegment{{Id: name}}},
+		service:  &registryapi.NetworkService{Name: name, Payload: payload.Ethernet},
+		endpoint: &registryapi.NetworkServiceEndpoint{
+			Name: name, NetworkServiceNames: []string{"nobody-asks"}, Url: socket.String(),
+			NetworkServiceLabels: map[string]*registryapi.NetworkServiceLabels{"nobody-asks": {}},
+		},
+	}
+	if call == find {
+		e.endpoint = &registryapi.NetworkServiceEndpoint{NetworkServiceNames: []string{lbService}}
+	}
+	return e, nil
 }

@@ -8,10 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"time"
-
-	"github.com/vishvananda/netns"
 )
 
 // result is one line of the table.
@@ -22,6 +19,11 @@ type result struct {
 	Loss   string `json:"loss,omitempty"`
 	Note   string `json:"note,omitempty"`
 	Failed string `json:"failed,omitempty"`
+	// a mistake, and what the real nsmgr and the lab's answer to it
+	Call    string `json:"call,omitempty"`
+	Mistake string `json:"mistake,omitempty"`
+	Real    string `json:"real,omitempty"`
+	Lab     string `json:"lab,omitempty"`
 }
 
 type report struct {
@@ -54,6 +56,7 @@ func runScenarios(ctx context.Context, args []string) error {
 	spireBin := flags.String("spire", "", "where spire-server and spire-agent are; empty: the in-process authority")
 	title := flags.String("title", "", "stands in every line of the table")
 	keep := flags.Bool("keep", false, "keep the logs")
+	short := flags.Bool("short", false, "look at the time after a restart for a shorter while")
 	long := flags.Bool("long", false, "30 s tokens, SVIDs of 2 min, and five minutes of them instead of restarts")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -73,7 +76,7 @@ func runScenarios(ctx context.Context, args []string) error {
 	}
 	l.daemon, _ = filepath.Abs(*daemon)
 	l.services, _ = filepath.Abs(*services)
-	l.probe = *probe
+	l.probe, l.short = *probe, *short
 	l.vips = []string{"20.0.0.1", "2000::1"}
 	if *long {
 		l.tokens, l.ttl = "30s", 2*time.Minute
@@ -145,7 +148,6 @@ func (l *lab) scenario(r *report, long bool) error {
 		return nil
 	})
 	l.step(r, "probes", 2, 30*time.Second, l.probes)
-	l.step(r, "what nsmgr refuses", 2, 30*time.Second, func() error { return l.refusals(r) })
 	l.step(r, "two targets connect", 2, 30*time.Second, func() error {
 		for _, name := range []string{"target-1", "target-2"} {
 			if err := l.startTarget(name); err != nil {
@@ -170,30 +172,19 @@ func (l *lab) scenario(r *report, long bool) error {
 	two, _ := l.carried("lb-2")
 	r.add(result{Step: "balanced", Note: fmt.Sprintf("lb-1 %d, lb-2 %d packets; targets %v", one, two, l.traffic.by())})
 	if long {
-		for i := range 5 {
-			l.later(r, fmt.Sprintf("minute %d of refresh and rotation", i+1), time.Minute)
-		}
-		l.step(r, "rotations", 2, 10*time.Second, func() error { return l.rotated(5) })
-		return nil
+		return l.fiveMinutes(r)
 	}
 	return l.changes(r)
 }
 
 // dump writes the kernel's state of all pods beside the logs.
 func (l *lab) dump(name string) {
-	pods := map[string]netns.NsHandle{"proxy": l.pod, "client": l.client}
-	for name, pod := range l.lbs {
-		pods[name] = pod.ns
-	}
-	for name, pod := range l.targets {
-		pods[name] = pod.ns
-	}
 	file, err := os.OpenFile(l.path("log", "dump.txt"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
 	if err != nil {
 		return
 	}
 	defer func() { _ = file.Close() }()
-	for pod, ns := range pods {
+	for pod, ns := range l.pods() {
 		fmt.Fprintf(file, "== %s: %s\n", name, pod)
 		_ = in(ns, func() error {
 			script := "ip -d link; ip addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; ip neigh"
@@ -204,196 +195,41 @@ func (l *lab) dump(name string) {
 	}
 }
 
-// refusals makes every mistake of the table.
-func (l *lab) refusals(r *report) error {
-	ns, err := newNS()
-	if err != nil {
-		return err
-	}
-	p, err := l.own("lb-8", ns, []string{"refusals"})
-	if err != nil {
-		return err
-	}
-	_, err = p.line("done", 90*time.Second)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, line := range p.lines {
-		if strings.HasPrefix(line, "refusal | ") {
-			r.add(result{Step: "refusal", Note: strings.TrimPrefix(line, "refusal | ")})
-		}
-	}
-	return err
-}
-
-// rotated checks that the daemon got that many new identities.
-func (l *lab) rotated(least int) error {
-	log, err := os.ReadFile(l.path("log", "proxy.log"))
-	if err != nil {
-		return err
-	}
-	if seen := strings.Count(string(log), `"message":"new SVID"`); seen <= least {
-		return fmt.Errorf("%d identities, not more than %d", seen, least)
-	}
-	return nil
-}
-
-// probes asks the real grpc-health-probe.
+// probes asks the real grpc-health-probe: the health socket, and with an SVID
+// the endpoint itself.
 func (l *lab) probes() error {
 	if l.probe == "" {
 		return fmt.Errorf("no grpc-health-probe given")
 	}
-	for _, service := range []string{"", "Readiness", "Liveness"} {
+	const name = "lb-6"
+	path, err := l.binary(name, l.probe)
+	if err != nil {
+		return err
+	}
+	endpoints, err := filepath.Glob(l.path("tmp", "proxy-*", "listen.on"))
+	if err != nil || len(endpoints) != 1 {
+		return fmt.Errorf("not one endpoint: %v (%w)", endpoints, err)
+	}
+	health := l.path("tmp", "health.sock")
+	for _, args := range [][]string{
+		{"-addr=unix://" + health, "-service="},
+		{"-addr=unix://" + health, "-service=Readiness"},
+		{"-addr=unix://" + health, "-service=Liveness"},
+		{"-addr=unix://" + endpoints[0], "-service=", "-spiffe"},
+	} {
 		deadline := time.Now().Add(20 * time.Second)
 		for {
-			out, err := exec.Command(l.probe, "-addr=unix://"+l.path("tmp", "health.sock"),
-				"-service="+service, "-connect-timeout=400ms", "-rpc-timeout=400ms").CombinedOutput()
+			probe := exec.Command(path, append(args, "-connect-timeout=1s", "-rpc-timeout=1s")...)
+			probe.Env = l.env(name)
+			out, err := probe.CombinedOutput()
 			if err == nil {
 				break
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("grpc-health-probe %q: %w: %s", service, err, out)
+				return fmt.Errorf("grpc-health-probe %q: %w: %s", args, err, out)
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
 	}
 	return nil
-}
-
-// changes is what happens to a running mesh.
-func (l *lab) changes(r *report) error {
-	const limit = 30 * time.Second
-	l.step(r, "a VIP is added", 2, limit, func() error {
-		l.vips = append(l.vips, "20.0.0.2")
-		if err := l.tellVIPs(); err != nil {
-			return err
-		}
-		for name := range l.targets {
-			if err := l.setVIPs(name); err != nil {
-				return err
-			}
-		}
-		if err := l.spread(); err != nil {
-			return err
-		}
-		return l.tellLBs()
-	})
-	l.step(r, "traffic to the added VIP", 2, limit, func() error {
-		return l.traffic.add("20.0.0.2", source4, 8)
-	})
-	l.step(r, "a third LB joins", 3, limit, func() error {
-		if err := l.startLB("lb-3"); err != nil {
-			return err
-		}
-		if _, err := l.waitHops(3, limit); err != nil {
-			return err
-		}
-		if err := l.activate("lb-3", true); err != nil {
-			return err
-		}
-		return l.tellLBs()
-	})
-	l.step(r, "an LB unregisters", 2, limit, func() error {
-		if err := l.activate("lb-3", false); err != nil {
-			return err
-		}
-		return l.parts["lb-3"].terminate(5 * time.Second)
-	})
-	l.step(r, "an LB dies", 1, 90*time.Second, func() error {
-		if err := l.activate("lb-2", false); err != nil {
-			return err
-		}
-		l.parts["lb-2"].kill()
-		return nil
-	})
-	l.step(r, "the dead LB comes back", 2, 90*time.Second, func() error { return l.restartLB("lb-2", limit) })
-	l.step(r, "an LB's process restarts", 2, 90*time.Second, func() error {
-		if err := l.activate("lb-1", false); err != nil {
-			return err
-		}
-		l.parts["lb-1"].kill()
-		return l.restartLB("lb-1", limit)
-	})
-	l.step(r, "a target closes", 2, limit, func() error {
-		l.targets["target-2"].known = false
-		if err := l.tellLBs(); err != nil {
-			return err
-		}
-		return l.parts["target-2"].command(20*time.Second, "close")
-	})
-	l.step(r, "the target connects again", 2, limit, func() error { return l.connectTarget("target-2") })
-	l.step(r, "a target is killed and recovers", 2, limit, func() error {
-		before := fmt.Sprint(l.targets["target-2"].addresses)
-		l.parts["target-2"].kill()
-		if err := l.startTarget("target-2"); err != nil {
-			return err
-		}
-		if err := l.connectTarget("target-2"); err != nil {
-			return err
-		}
-		if after := fmt.Sprint(l.targets["target-2"].addresses); after != before {
-			return fmt.Errorf("addresses %s instead of %s", after, before)
-		}
-		return nil
-	})
-	l.restart(r, "registry", l.startRegistry)
-	l.restart(r, "nsmgr", l.startNsmgr)
-	l.restart(r, "forwarder", l.startForwarder)
-	if l.spire != nil {
-		l.restart(r, "spire-agent", func() error { return l.startAgent("") })
-	}
-	for how, stop := range map[string]func() error{
-		"SIGTERM": func() error { return l.parts["proxy"].terminate(30 * time.Second) },
-		"SIGKILL": func() error { l.parts["proxy"].kill(); return nil },
-	} {
-		l.step(r, "the daemon restarts ("+how+")", 2, 60*time.Second, func() error {
-			if err := stop(); err != nil {
-				return err
-			}
-			return l.startDaemon()
-		})
-		l.later(r, "30 s after the daemon's restart ("+how+")", 30*time.Second)
-	}
-	return nil
-}
-
-// restartLB starts the process again in the namespace where it was, and gives
-// it flows when it is a next hop.
-func (l *lab) restartLB(name string, limit time.Duration) error {
-	if err := l.startLB(name); err != nil {
-		return err
-	}
-	if _, err := l.waitHops(2, limit); err != nil {
-		return err
-	}
-	if err := l.activate(name, true); err != nil {
-		return err
-	}
-	return l.tellLBs()
-}
-
-// restart kills a part of the mesh and starts it a second later.
-func (l *lab) restart(r *report, name string, start func() error) {
-	l.step(r, "the "+name+" restarts", 2, 90*time.Second, func() error {
-		l.parts[name].kill()
-		time.Sleep(time.Second)
-		return start()
-	})
-	// What a peer does only later (refresh, expiry) belongs to this restart; a
-	// forwarder is found again after the longest time, up to 45 s.
-	period := 20 * time.Second
-	if name == "forwarder" {
-		period = time.Minute
-	}
-	l.later(r, fmt.Sprintf("%v after the %s's restart", period, name), period)
-}
-
-// later looks at the traffic of a period in which nothing is done.
-func (l *lab) later(r *report, name string, period time.Duration) {
-	l.step(r, name, 2, 90*time.Second, func() error {
-		select {
-		case <-time.After(period):
-		case <-l.ctx.Done():
-		}
-		return nil
-	})
 }

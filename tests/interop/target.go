@@ -6,9 +6,12 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
+	"github.com/golang/protobuf/ptypes/empty"
 	"github.com/networkservicemesh/api/pkg/api/networkservice"
 	"github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/cls"
 	kernelmech "github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/kernel"
@@ -19,12 +22,14 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/kernel"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/core/next"
 	"github.com/networkservicemesh/sdk/pkg/tools/grpcutils"
 	"google.golang.org/grpc"
 )
 
 // runTarget is a target: the client of Meridio's TAPA. Commands on standard
-// input: `connect`, `vips VIP...`, `close`; each is answered with one line.
+// input: `connect`, `vips VIP...`, `close`, and `requests`, which tells how many
+// Requests, refreshes among them, succeeded and failed.
 func runTarget(ctx context.Context) error {
 	own, err := newIdentity(ctx)
 	if err != nil {
@@ -35,12 +40,14 @@ func runTarget(ctx context.Context) error {
 		return err
 	}
 	name, service := os.Getenv("NSM_NAME"), os.Getenv("NSM_SERVICE_NAME")
+	counts := &counter{}
 	nsc := client.NewClient(ctx,
 		client.WithClientURL(nsmgr),
 		client.WithName(name),
 		client.WithAuthorizeClient(authorize.NewClient()),
 		client.WithHealClient(heal.NewClient(ctx)),
 		client.WithAdditionalFunctionality(
+			counts,
 			mechanisms.NewClient(map[string]networkservice.NetworkServiceClient{
 				kernelmech.MECHANISM: kernel.NewClient(kernel.WithInterfaceName("nsm-0")),
 			}),
@@ -59,12 +66,15 @@ func runTarget(ctx context.Context) error {
 	}
 	go commands(ctx, func(words []string) error {
 		switch words[0] {
-		case "connect":
+		case "connect", "context":
 			return t.connect(ctx)
 		case "vips":
 			return t.setVIPs(ctx, words[1:])
 		case "close":
 			return t.close(ctx)
+		case "requests":
+			say(fmt.Sprintf("requests %d %d", counts.good.Load(), counts.bad.Load()), nil)
+			return nil
 		default:
 			return fmt.Errorf("unknown command %q", words)
 		}
@@ -72,6 +82,23 @@ func runTarget(ctx context.Context) error {
 	say("ready", nil)
 	<-ctx.Done()
 	return nil
+}
+
+// counter counts the Requests that leave.
+type counter struct{ good, bad atomic.Int64 }
+
+func (c *counter) Request(ctx context.Context, request *networkservice.NetworkServiceRequest, opts ...grpc.CallOption) (*networkservice.Connection, error) {
+	conn, err := next.Client(ctx).Request(ctx, request, opts...)
+	if err != nil {
+		c.bad.Add(1)
+	} else {
+		c.good.Add(1)
+	}
+	return conn, err
+}
+
+func (c *counter) Close(ctx context.Context, conn *networkservice.Connection, opts ...grpc.CallOption) (*empty.Empty, error) {
+	return next.Client(ctx).Close(ctx, conn, opts...)
 }
 
 type target struct {
@@ -111,6 +138,8 @@ func (t *target) connect(ctx context.Context) error {
 			t.local = append(t.local, address)
 		}
 	}
+	ip := conn.GetContext().GetIpContext()
+	say(fmt.Sprintf("context %s", strings.Join(slices.Concat(ip.GetSrcIpAddrs(), ip.GetDstIpAddrs()), " ")), nil)
 	say("addresses "+strings.Join(t.local, " "), nil)
 	return nil
 }

@@ -28,6 +28,7 @@ type flow struct {
 	sent     []time.Time
 	answered []bool
 	by       map[string]int
+	end      chan struct{}
 }
 
 // traffic is steady: each flow sends a packet every 20 ms.
@@ -50,7 +51,7 @@ func (t *traffic) add(vip, source string, flows int) error {
 		if err != nil {
 			return err
 		}
-		f := &flow{vip: vip, by: map[string]int{}}
+		f := &flow{vip: vip, by: map[string]int{}, end: make(chan struct{})}
 		t.mu.Lock()
 		t.flows = append(t.flows, f)
 		t.mu.Unlock()
@@ -60,6 +61,16 @@ func (t *traffic) add(vip, source string, flows int) error {
 	return nil
 }
 
+// stop ends all flows.
+func (t *traffic) stop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.flows {
+		close(f.end)
+	}
+	t.flows = nil
+}
+
 func (f *flow) send(ctx context.Context, conn net.Conn) {
 	defer func() { _ = conn.Close() }()
 	ticks := time.NewTicker(pace)
@@ -67,6 +78,8 @@ func (f *flow) send(ctx context.Context, conn net.Conn) {
 	for {
 		select {
 		case <-ctx.Done():
+			return
+		case <-f.end:
 			return
 		case now := <-ticks.C:
 			f.mu.Lock()

@@ -24,6 +24,8 @@ type dataplane struct {
 }
 
 type pair struct {
+	// the client's id of the connection
+	name             string
 	client, endpoint side
 	policies         map[string]int
 }
@@ -41,6 +43,17 @@ func (d *dataplane) get(id string) (*pair, bool) {
 	defer d.mu.Unlock()
 	p, ok := d.pairs[id]
 	return p, ok
+}
+
+// names tells the clients' ids of all connections.
+func (d *dataplane) names() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var names []string
+	for _, p := range d.pairs {
+		names = append(names, p.name)
+	}
+	return names
 }
 
 // connect makes the pair, or brings an existing one up to date.
@@ -88,12 +101,11 @@ func newPair(conn *networkservice.Connection, nse *networkservice.Mechanism) (*p
 		client.close()
 		return nil, fmt.Errorf("endpoint's end: %w", err)
 	}
-	p := &pair{client: client, endpoint: endpoint, policies: map[string]int{}}
-	for _, s := range []*side{&p.client, &p.endpoint} {
-		// What an earlier forwarder has left.
-		if link, err := s.nl.LinkByName(s.name); err == nil {
-			_ = s.nl.LinkDel(link)
-		}
+	first := conn.GetPath().GetPathSegments()[0].GetId()
+	p := &pair{name: first, client: client, endpoint: endpoint, policies: map[string]int{}}
+	aliases := map[*side]string{&p.client: "server-" + first, &p.endpoint: "client-" + first}
+	for s, alias := range aliases {
+		s.removeOld(alias)
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = p.client.name
@@ -102,8 +114,7 @@ func newPair(conn *networkservice.Connection, nse *networkservice.Mechanism) (*p
 		p.drop()
 		return nil, fmt.Errorf("veth %s %s: %w", p.client.name, p.endpoint.name, err)
 	}
-	first := conn.GetPath().GetPathSegments()[0].GetId()
-	for s, alias := range map[*side]string{&p.client: "server-" + first, &p.endpoint: "client-" + first} {
+	for s, alias := range aliases {
 		link, err := s.nl.LinkByName(s.name)
 		if err == nil {
 			s.index = link.Attrs().Index
@@ -115,6 +126,20 @@ func newPair(conn *networkservice.Connection, nse *networkservice.Mechanism) (*p
 		}
 	}
 	return p, nil
+}
+
+// removeOld removes what an earlier forwarder has left of the connection, and
+// what is in the way.
+func (s *side) removeOld(alias string) {
+	links, err := s.nl.LinkList()
+	if err != nil {
+		return
+	}
+	for _, link := range links {
+		if link.Attrs().Alias == alias || link.Attrs().Name == s.name {
+			_ = s.nl.LinkDel(link)
+		}
+	}
 }
 
 func openSide(mechanism *networkservice.Mechanism) (side, error) {

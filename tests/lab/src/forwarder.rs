@@ -237,6 +237,9 @@ impl Forwarder {
                 let left = call.deadline.saturating_duration_since(clock::now());
                 // Errors are ignored, as in the SDK: the state goes anyway.
                 if let Ok(session) = self.client.dial_file(socket) {
+                    // The endpoint's own namespace travels back to it: the
+                    // SDK's endpoints wait for it (mechanisms/recvfd).
+                    session.dialed.attach(&cross.netns);
                     let _ = session.close(&cross.answer, left);
                 }
             }

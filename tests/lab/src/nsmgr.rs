@@ -120,7 +120,8 @@ struct State {
 #[derive(Clone)]
 struct Socket {
     url: String,
-    file: Arc<OwnedFd>,
+    /// `None` where the URL is no inode's: the lab cannot reach it.
+    file: Option<Arc<OwnedFd>>,
 }
 
 /// An endpoint of the lab's own.

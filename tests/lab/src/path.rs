@@ -83,16 +83,17 @@ pub fn leave(connection: &mut Connection) {
     }
 }
 
-/// Puts the caller's token into its segment and `own` into this hop's.
+/// Puts the caller's token into its segment, if there is one, and `own` into
+/// this hop's.
 pub fn update_tokens(
     connection: &mut Connection,
-    caller: &Token,
+    caller: Option<&Token>,
     own: &Token,
 ) -> Result<(), String> {
     let path = connection.path.mut_or_insert_default();
     let index = path.index as usize;
-    if index > 0 {
-        stamp(&mut path.path_segments[index - 1], caller);
+    if let (Some(caller), Some(before)) = (caller, index.checked_sub(1)) {
+        stamp(&mut path.path_segments[before], caller);
     }
     match path.path_segments.get_mut(index) {
         Some(segment) => {

@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::path::parse_rfc3339;
 use crate::tls::Peer;
 
-pub use hop::{Hop, denied, unknown};
+pub use hop::{Hop, denied, refused, unknown};
 
 mod hop;
 
@@ -83,9 +83,26 @@ pub fn header_values(headers: &Metadata, name: &str) -> Vec<String> {
         .collect()
 }
 
-/// Reads and judges the two token headers of a call. This is stricter than
-/// nsmgr in one point: the header's time must respect both certificates.
-pub fn envelope(headers: &Metadata, peer: &Peer, now: SystemTime) -> Result<Token, String> {
+/// Why a policy refuses.
+#[derive(Debug)]
+pub enum Refused {
+    /// It says no.
+    No(String),
+    /// It cannot be evaluated.
+    Conflict(String),
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::No(reason) | Self::Conflict(reason) => f.write_str(reason),
+        }
+    }
+}
+
+/// Reads the two token headers of a call (tools/token `FromContext`): a call
+/// without one of them has none.
+pub fn read_token(headers: &Metadata) -> Result<Token, String> {
     let single = |name: &str| {
         let mut values = header_values(headers, name);
         match values.len() {
@@ -93,10 +110,16 @@ pub fn envelope(headers: &Metadata, peer: &Peer, now: SystemTime) -> Result<Toke
             count => Err(format!("header {name} is there {count} times")),
         }
     };
-    let token = Token {
+    Ok(Token {
         jwt: single(TOKEN_HEADER)?,
         expires: parse_rfc3339(&single(EXPIRES_HEADER)?)?,
-    };
+    })
+}
+
+/// What a good client's token is like. nsmgr looks at it through its policies
+/// only, and not at all where it has none: streams, and headers' times.
+pub fn envelope(headers: &Metadata, peer: &Peer, now: SystemTime) -> Result<Token, String> {
+    let token = read_token(headers)?;
     let claims = jwt::claims(&token.jwt).map_err(|error| format!("token: {}", error.0))?;
     let (us, them) = (peer.own.svid.id.as_str(), peer.identity.id.as_str());
     match &claims.aud {
@@ -109,7 +132,7 @@ pub fn envelope(headers: &Metadata, peer: &Peer, now: SystemTime) -> Result<Toke
             claims.sub
         ));
     }
-    tokens_expired(std::slice::from_ref(&token.jwt), now)?;
+    tokens_expired(std::slice::from_ref(&token.jwt), now).map_err(|refused| refused.to_string())?;
     jwt::verify(&token.jwt, &peer.identity.leaf)
         .map_err(|error| format!("token is not signed by the TLS peer's key: {}", error.0))?;
     let limit = peer.identity.not_after.min(peer.own.svid.not_after);
@@ -125,52 +148,61 @@ pub fn envelope(headers: &Metadata, peer: &Peer, now: SystemTime) -> Result<Toke
 }
 
 /// Every token decodes.
-pub fn tokens_valid(tokens: &[String]) -> Result<(), String> {
+pub fn tokens_valid(tokens: &[String]) -> Result<(), Refused> {
     for (n, token) in tokens.iter().enumerate() {
-        jwt::claims(token).map_err(|error| format!("tokens_valid: segment {n}: {}", error.0))?;
+        jwt::claims(token)
+            .map_err(|error| Refused::No(format!("tokens_valid: segment {n}: {}", error.0)))?;
     }
     Ok(())
 }
 
 /// Every token has an expiry, in the future.
-pub fn tokens_expired(tokens: &[String], now: SystemTime) -> Result<(), String> {
+pub fn tokens_expired(tokens: &[String], now: SystemTime) -> Result<(), Refused> {
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
     for (n, token) in tokens.iter().enumerate() {
         let exp = jwt::claims(token).ok().and_then(|claims| claims.exp);
         if exp.is_none_or(|exp| now >= exp) {
-            return Err(format!(
+            return Err(Refused::No(format!(
                 "tokens_expired: segment {n}: exp {exp:?}, now {now}"
-            ));
+            )));
         }
     }
     Ok(())
 }
 
 /// Each token was made for the maker of the next one.
-pub fn tokens_chained(tokens: &[String]) -> Result<(), String> {
+pub fn tokens_chained(tokens: &[String]) -> Result<(), Refused> {
     for (n, pair) in tokens.windows(2).enumerate() {
         let (Ok(left), Ok(right)) = (jwt::claims(&pair[0]), jwt::claims(&pair[1])) else {
-            return Err(format!("tokens_chained: segment {n}: no token"));
+            return Err(Refused::No(format!(
+                "tokens_chained: segment {n}: no token"
+            )));
         };
+        let aud = left.aud.as_deref().unwrap_or_default();
+        let matching = aud.iter().filter(|is| **is == right.sub).count();
+        let text = format!(
+            "tokens_chained: segment {n}: aud {:?}, next sub {:?}",
+            left.aud, right.sub
+        );
         // The policy is a function with several outputs when one of several
         // elements matches, which OPA answers with an error.
-        if left.aud.as_deref() != Some(std::slice::from_ref(&right.sub)) {
-            return Err(format!(
-                "tokens_chained: segment {n}: aud {:?}, next sub {:?}",
-                left.aud, right.sub
-            ));
+        if matching > 0 && matching < aud.len() {
+            return Err(Refused::Conflict(format!("eval_conflict_error: {text}")));
+        }
+        if matching == 0 {
+            return Err(Refused::No(text));
         }
     }
     Ok(())
 }
 
 /// The token before this hop's was signed by the TLS peer.
-pub fn prev_token_signed(tokens: &[String], index: usize, leaf: &X509) -> Result<(), String> {
+pub fn prev_token_signed(tokens: &[String], index: usize, leaf: &X509) -> Result<(), Refused> {
     let token = index
         .checked_sub(1)
         .and_then(|previous| tokens.get(previous))
-        .ok_or_else(|| format!("prev_token_signed: nothing before index {index}"))?;
-    jwt::verify(token, leaf).map_err(|error| format!("prev_token_signed: {}", error.0))
+        .ok_or_else(|| Refused::No(format!("prev_token_signed: nothing before index {index}")))?;
+    jwt::verify(token, leaf).map_err(|error| Refused::No(format!("prev_token_signed: {}", error.0)))
 }
 
 /// The four policies of a server, over the segments up to its own.
@@ -179,7 +211,7 @@ pub fn authorize(
     index: usize,
     leaf: &X509,
     now: SystemTime,
-) -> Result<(), String> {
+) -> Result<(), Refused> {
     tokens_valid(tokens)?;
     tokens_expired(tokens, now)?;
     tokens_chained(tokens)?;
@@ -210,4 +242,4 @@ impl Owners {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -14,7 +14,7 @@ use meridio_proxy::proto::registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
     NetworkServiceResponse,
 };
-use meridio_proxy::rpc::status::{Code, RpcError};
+use meridio_proxy::rpc::status::RpcError;
 use meridio_proxy::spiffe::PeerIdentity;
 use meridio_proxy::spiffe::jwt;
 use meridio_proxy::sync::clock;
@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use crate::monitor::Outbox;
 use crate::nsmgr::parts::Timers;
 use crate::path::{RegistryPath, system_time, timestamp};
-use crate::policy::{Hop, Owners, authorize, denied, unknown};
+use crate::policy::{Hop, Owners, authorize, denied, refused, unknown};
 
 /// Takes an event of a watcher; false ends the watch.
 pub type Deliver = Box<dyn Fn(NetworkServiceEndpoint, bool) -> bool + Send>;
@@ -245,7 +245,7 @@ pub fn judge(
     peer: &PeerIdentity,
 ) -> Result<String, RpcError> {
     let tokens = path.so_far();
-    authorize(&tokens, path.index, &peer.leaf, clock::wall()).map_err(denied)?;
+    authorize(&tokens, path.index, &peer.leaf, clock::wall()).map_err(refused)?;
     let client = jwt::claims(&tokens[0]).map_err(denied)?.sub;
     owners.client_allowed(key, &client).map_err(denied)?;
     Ok(client)
@@ -310,15 +310,15 @@ fn service_event(service: &NetworkService, deleted: bool) -> NetworkServiceRespo
     }
 }
 
-/// A missing filter makes the real registry panic; here it is refused.
-pub fn need_filter(present: bool) -> Result<(), RpcError> {
-    if present {
-        return Ok(());
-    }
-    Err(RpcError::status(
-        Code::INVALID_ARGUMENT,
-        "Find without a filter message crashes the real registry",
-    ))
+/// What is to be said of a Find without a filter message.
+pub const NO_FILTER: &str = "Find without a filter message crashes the real registry";
+
+/// What the clients of a registry that crashes see behind nsmgr: a stream
+/// without a message, in good order.
+pub fn crashed<T: Send + 'static>() -> Outbox<T> {
+    let outbox = Outbox::default();
+    outbox.end(RpcStatus::ok());
+    outbox
 }
 
 #[cfg(test)]

@@ -6,8 +6,11 @@ use meridio_proxy::spiffe::jwt;
 use meridio_proxy::sync::clock;
 
 use crate::path::system_time;
-use crate::policy::{Hop, tokens_chained, tokens_expired};
+use crate::policy::{Hop, Refused, tokens_chained, tokens_expired};
 use crate::tls::{FileId, parse_inode_url};
+
+/// How Meridio names the network service of a conduit's proxies.
+const PROXY: &str = "proxy.";
 
 /// A KERNEL mechanism; empty parameters are left out.
 pub fn mechanism(name: &str, url: &str) -> Mechanism {
@@ -51,6 +54,14 @@ pub fn judge_answer(
         return Err(format!("state {:?}", answer.state));
     }
     judge_path(asked, answer, peer, us)?;
+    if asked.network_service.starts_with(PROXY) {
+        judge_proxy(answer)?;
+    }
+    judge_mechanism(asked, answer)
+}
+
+/// What targets need of a proxy, and other endpoints need not give.
+fn judge_proxy(answer: &Connection) -> Result<(), String> {
     if answer.context.MTU == 0 {
         return Err("context without MTU".to_owned());
     }
@@ -58,7 +69,7 @@ pub fn judge_answer(
     if ip.src_ip_addrs.is_empty() || ip.dst_ip_addrs.is_empty() || ip.extra_prefixes.is_empty() {
         return Err("IP context lacks src, dst or gateways".to_owned());
     }
-    judge_mechanism(asked, answer)
+    Ok(())
 }
 
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, asked: &T, answer: &T) -> Result<(), String> {
@@ -115,15 +126,17 @@ fn judge_path(
     }
     let now = clock::wall();
     let pair = [segments[index].token.clone(), own.token.clone()];
-    tokens_chained(&pair)?;
-    tokens_expired(&pair, now)?;
+    let text = |refused: Refused| refused.to_string();
+    tokens_chained(&pair).map_err(text)?;
+    tokens_expired(&pair, now).map_err(text)?;
     jwt::verify(&own.token, &peer.leaf).map_err(|e| format!("next_token_signed: {e}"))?;
     let claims = jwt::claims(&own.token).map_err(|e| format!("its token: {e}"))?;
     let want = [us.identity().svid.id.as_str().to_owned()];
     if claims.aud.as_deref() != Some(&want) {
         return Err(format!("its token is for {:?}, not {want:?}", claims.aud));
     }
-    for (n, segment) in segments.iter().enumerate() {
+    // What came from the client is its own affair.
+    for (n, segment) in segments.iter().enumerate().skip(index) {
         let expires = segment.expires.as_ref().map(system_time);
         if expires.is_none_or(|at| at <= now) {
             return Err(format!("expires of segment {n} is {expires:?}"));

@@ -327,7 +327,7 @@ impl Inner {
         let (id, file) = file_id(OwnedFd::from(file)).map_err(|error| format!("stat: {error}"))?;
         Ok(Socket {
             url: inode_url(id),
-            file: Arc::new(file),
+            file: Some(Arc::new(file)),
         })
     }
 }

@@ -22,17 +22,10 @@ const EXCLUDED_PREFIX: &str = "10.96.0.0/12";
 /// For closes that nobody outside asked for.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// A request that no good client makes.
-fn invalid(reason: impl Into<String>) -> RpcError {
-    RpcError::status(Code::INVALID_ARGUMENT, reason)
-}
-
 impl Inner {
     /// The path's part that decides whose turn it is.
     pub fn enter_request(&self, request: &mut NetworkServiceRequest) -> Result<String, RpcError> {
-        let connection = request.connection.as_mut();
-        let connection = connection.ok_or_else(|| invalid("request without a connection"))?;
-        self.enter_close(connection)
+        self.enter_close(request.connection.mut_or_insert_default())
     }
 
     pub fn enter_close(&self, connection: &mut Connection) -> Result<String, RpcError> {
@@ -51,12 +44,10 @@ impl Inner {
         let mut connection = request.connection.take().unwrap_or_default();
         let (peer, own) = (&call.peer.identity, &call.peer.own);
         self.hop
-            .admit_entered(&mut connection, peer, &call.token, own)?;
+            .admit_entered(&mut connection, peer, call.token.as_ref(), own)?;
         if connection.path.index != 1 {
-            return Err(invalid(format!(
-                "a client's index is 0, not {}",
-                connection.path.index
-            )));
+            let reason = format!("a client's index is 0, not {}", connection.path.index);
+            self.notes.violation("Request", &reason);
         }
         let id = connection.id.clone();
         let mut known = self.monitors.get(&id);
@@ -99,7 +90,7 @@ impl Inner {
         if excluded.is_empty() {
             excluded.push(EXCLUDED_PREFIX.to_owned());
         }
-        connection.mechanism = Some(choose(&connection, preferences)?).into();
+        connection.mechanism = Some(self.choose(&connection, preferences)?).into();
         let netns = self.netns(call, &connection)?;
         let end = ClientEnd {
             netns: Arc::clone(&netns),
@@ -183,7 +174,7 @@ impl Inner {
         {
             return Ok(Arc::clone(file));
         }
-        let file = parse_inode_url(url).map_err(invalid)?;
+        let file = parse_inode_url(url).map_err(unknown)?;
         let fd = call
             .peer
             .files
@@ -230,7 +221,7 @@ impl Inner {
         };
         let (peer, own) = (&call.peer.identity, &call.peer.own);
         self.hop
-            .admit_entered(&mut stored, peer, &call.token, own)?;
+            .admit_entered(&mut stored, peer, call.token.as_ref(), own)?;
         self.end(&stored.id);
         Ok(Answer(Empty::new(), None))
     }
@@ -257,25 +248,32 @@ impl Inner {
         }
         self.monitors.delete(id);
     }
-}
 
-/// The mechanism that is there, or the first KERNEL preference.
-fn choose(connection: &Connection, preferences: &[Mechanism]) -> Result<Mechanism, RpcError> {
-    let kernel = |m: &&Mechanism| m.type_ == "KERNEL";
-    let chosen = match connection.mechanism.as_ref() {
-        Some(mechanism) => Some(mechanism).filter(kernel),
-        None => preferences.iter().find(kernel),
-    };
-    let chosen = chosen.ok_or_else(|| invalid("cannot support any of the requested mechanism"))?;
-    if chosen.cls != "LOCAL" {
-        return Err(invalid(format!("mechanism cls {:?}", chosen.cls)));
+    /// The mechanism that is there, or the first KERNEL preference. The real
+    /// nsmgr leaves the choice to the forwarder, whose words these are.
+    fn choose(
+        &self,
+        connection: &Connection,
+        preferences: &[Mechanism],
+    ) -> Result<Mechanism, RpcError> {
+        let kernel = |m: &&Mechanism| m.type_ == "KERNEL";
+        let chosen = match connection.mechanism.as_ref() {
+            Some(mechanism) => Some(mechanism).filter(kernel),
+            None => preferences.iter().find(kernel),
+        };
+        let chosen =
+            chosen.ok_or_else(|| unknown("cannot support any of the requested mechanism"))?;
+        if chosen.cls != "LOCAL" {
+            let reason = format!("mechanism cls {:?}", chosen.cls);
+            self.notes.violation("Request", &reason);
+        }
+        let name = chosen.parameters.get("name").map_or("", String::as_str);
+        let allowed = |b: u8| b.is_ascii_graphic() && b != b'/';
+        if name.is_empty() || name.len() > 15 || !name.bytes().all(allowed) {
+            return Err(unknown(format!("interface name {name:?}")));
+        }
+        let url = chosen.parameters.get("inodeURL").map_or("", String::as_str);
+        parse_inode_url(url).map_err(unknown)?;
+        Ok(chosen.clone())
     }
-    let name = chosen.parameters.get("name").map_or("", String::as_str);
-    let allowed = |b: u8| b.is_ascii_graphic() && b != b'/';
-    if name.is_empty() || name.len() > 15 || !name.bytes().all(allowed) {
-        return Err(invalid(format!("interface name {name:?}")));
-    }
-    let url = chosen.parameters.get("inodeURL").map_or("", String::as_str);
-    parse_inode_url(url).map_err(invalid)?;
-    Ok(chosen.clone())
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::proto::registry::{NetworkService, NetworkServiceEndpoint};
-use meridio_proxy::rpc::status::{Code, RpcError};
+use meridio_proxy::rpc::status::RpcError;
 use meridio_proxy::sync::clock;
 
 use super::Inner;
@@ -48,14 +48,10 @@ impl Inner {
         connection: &Connection,
     ) -> Result<NetworkServiceEndpoint, RpcError> {
         let candidates = self.registry.endpoints_of(&service.name);
-        {
-            let state = self.state.lock();
-            if candidates.iter().any(|e| state.lbs.contains_key(&e.name)) {
-                return Err(RpcError::status(
-                    Code::INVALID_ARGUMENT,
-                    "Request without an endpoint's name: the mesh would collapse onto one LB",
-                ));
-            }
+        let of_lb = |e: &NetworkServiceEndpoint| self.state.lock().lbs.contains_key(&e.name);
+        if candidates.iter().any(of_lb) {
+            let reason = "without an endpoint's name: the mesh would collapse onto one LB";
+            self.notes.violation("Request", reason);
         }
         let now = clock::wall();
         candidates
@@ -83,12 +79,9 @@ impl Inner {
             return Ok(Destination::Local(endpoint, lb.hop.clone()));
         }
         let socket = state.sockets.get(name);
-        let socket =
-            socket.ok_or_else(|| unknown(format!("endpoint {name} is not on this node")))?;
-        Ok(Destination::Socket(
-            name.to_owned(),
-            std::sync::Arc::clone(&socket.file),
-        ))
+        let file = socket.and_then(|socket| socket.file.clone());
+        let file = file.ok_or_else(|| unknown(format!("endpoint {name} is not on this node")))?;
+        Ok(Destination::Socket(name.to_owned(), file))
     }
 }
 

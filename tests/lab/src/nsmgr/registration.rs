@@ -22,7 +22,7 @@ use crate::client::NsmClient;
 use crate::monitor::Outbox;
 use crate::path::{RegistryPath, system_time, timestamp};
 use crate::policy::{denied, unknown};
-use crate::registry::{effective_expiry, judge, need_filter};
+use crate::registry::{NO_FILTER, crashed, effective_expiry, judge};
 use crate::tls::parse_inode_url;
 
 /// The forwarder's patience with an endpoint (`NSM_DIAL_TIMEOUT`).
@@ -40,7 +40,8 @@ impl Inner {
         let mut path = path.ok_or_else(|| denied("header path is absent or no JSON"))?;
         let (peer, own) = (&call.peer.identity, &call.peer.own);
         let token = self.hop.token_as(own, peer)?;
-        path.enter(&call.token.jwt, &token.jwt).map_err(unknown)?;
+        let caller = call.token.as_ref().map_or("", |token| &token.jwt);
+        path.enter(caller, &token.jwt).map_err(unknown)?;
         let client = judge(&self.state.lock().owners, key, &path, peer)?;
         Ok((path, client))
     }
@@ -80,7 +81,7 @@ impl Inner {
         let name = endpoint.name.clone();
         let key = format!("nse/{name}");
         let (mut path, client) = self.admit_registration(call, &key)?;
-        judge_endpoint(&endpoint)?;
+        self.judge_endpoint(&endpoint)?;
         for labels in endpoint.network_service_labels.values_mut() {
             let node = self.options.node.clone();
             labels.labels.entry("nodeName".to_owned()).or_insert(node);
@@ -89,7 +90,10 @@ impl Inner {
         let own = self.hop.token_as(&call.peer.own, &call.peer.identity)?;
         let effective = effective_expiry(
             endpoint.expiration_time.as_ref().map(system_time),
-            [call.token.expires, own.expires],
+            [
+                call.token.as_ref().map_or(now, |token| token.expires),
+                own.expires,
+            ],
             self.state.lock().expire_period,
             now,
         );
@@ -133,6 +137,9 @@ impl Inner {
         let name = &endpoint.name;
         let key = format!("nse/{name}");
         let (mut path, _) = self.admit_registration(call, &key)?;
+        if name.is_empty() {
+            return Err(unknown("invalid endpoint specified"));
+        }
         if !self.state.lock().sockets.contains_key(name) {
             // recvfd waits for the descriptor; localbypass then knows nothing
             // and tells the registry nothing.
@@ -149,32 +156,39 @@ impl Inner {
         Ok(Answer(Empty::new(), Some(path)))
     }
 
-    /// The descriptor of an endpoint's socket: held, or waited for and proved to
-    /// lead to a server that answers.
+    /// The descriptor of an endpoint's socket: held, or waited for; it should
+    /// lead to a server that answers. The real nsmgr takes other URLs as they
+    /// are.
     fn socket_file(
         &self,
         call: &Incoming,
         endpoint: &NetworkServiceEndpoint,
-    ) -> Result<Arc<OwnedFd>, RpcError> {
+    ) -> Result<Option<Arc<OwnedFd>>, RpcError> {
         let held = self.state.lock().sockets.get(&endpoint.name).cloned();
         if let Some(socket) = held
             && socket.url == endpoint.url
         {
             return Ok(socket.file);
         }
-        let file = self.wait_file(call, &endpoint.url)?;
-        self.probe(&file).map_err(|reason| {
+        let Some(file) = self.wait_file(call, &endpoint.url)? else {
+            let reason = format!("URL {:?} is not inode://", endpoint.url);
+            self.notes.violation("Register", &reason);
+            return Ok(None);
+        };
+        if let Err(reason) = self.probe(&file) {
             let what = format!("socket of endpoint {}", endpoint.name);
-            self.notes.refuse(&what, &reason);
-            unknown(format!("{what}: {reason}"))
-        })?;
-        Ok(file)
+            self.notes.violation(&what, &reason);
+        }
+        Ok(Some(file))
     }
 
-    fn wait_file(&self, call: &Incoming, url: &str) -> Result<Arc<OwnedFd>, RpcError> {
-        let invalid = |reason| RpcError::status(Code::INVALID_ARGUMENT, reason);
-        let file = parse_inode_url(url).map_err(invalid)?;
-        call.peer.files.wait(file, call.deadline).map_err(|reason| {
+    fn wait_file(&self, call: &Incoming, url: &str) -> Result<Option<Arc<OwnedFd>>, RpcError> {
+        if !url.starts_with("inode:") {
+            return Ok(None);
+        }
+        let file = parse_inode_url(url).map_err(unknown)?;
+        let file = call.peer.files.wait(file, call.deadline);
+        file.map(Some).map_err(|reason| {
             self.notes.refuse("registration", &reason);
             RpcError::status(Code::DEADLINE_EXCEEDED, reason)
         })
@@ -205,7 +219,10 @@ impl Inner {
         call: &Incoming,
         query: NetworkServiceEndpointQuery,
     ) -> Result<Outbox<NetworkServiceEndpointResponse>, RpcError> {
-        need_filter(query.network_service_endpoint.is_some())?;
+        if query.network_service_endpoint.is_none() {
+            self.notes.violation("Find", NO_FILTER);
+            return Ok(crashed());
+        }
         let outbox = Outbox::default();
         let mut finds = self.finds.lock();
         finds.retain(|find| !find.is_over());
@@ -252,7 +269,7 @@ impl Inner {
         match socket {
             Some(socket) => {
                 endpoint.url = socket.url;
-                Some((endpoint, Some(socket.file)))
+                Some((endpoint, socket.file))
             }
             None => deleted.then_some((endpoint, None)),
         }
@@ -262,34 +279,43 @@ impl Inner {
         let state = self.state.lock();
         state.sockets.get(name).map(|socket| socket.url.clone())
     }
-}
 
-/// What keeps an endpoint from ever being found or dialled.
-fn judge_endpoint(endpoint: &NetworkServiceEndpoint) -> Result<(), RpcError> {
-    let invalid = |reason: String| RpcError::status(Code::INVALID_ARGUMENT, reason);
-    let name = &endpoint.name;
-    let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
-    let inside = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
-    let bytes = name.as_bytes();
-    if !edge(bytes.first()) || !edge(bytes.last()) || !name.bytes().all(inside) || name.len() > 253
-    {
-        return Err(invalid(format!(
-            "endpoint name {name:?} is no DNS-1123 subdomain"
-        )));
-    }
-    if endpoint.url.is_empty() {
-        return Err(unknown("cannot register NSE with passed URL: "));
-    }
-    parse_inode_url(&endpoint.url).map_err(invalid)?;
-    if endpoint.network_service_names.is_empty() {
-        return Err(invalid("endpoint serves no network service".to_owned()));
-    }
-    for service in &endpoint.network_service_names {
-        if !endpoint.network_service_labels.contains_key(service) {
-            return Err(invalid(format!(
-                "no labels for {service}: the endpoint would never match"
+    /// Refuses what nsmgr refuses, and notes what keeps an endpoint from ever
+    /// being found or dialled.
+    fn judge_endpoint(&self, endpoint: &NetworkServiceEndpoint) -> Result<(), RpcError> {
+        let (name, url) = (&endpoint.name, &endpoint.url);
+        if name.is_empty() {
+            return Err(unknown("cannot register an endpoint without a name"));
+        }
+        if url.is_empty() || has_bad_escape(url) {
+            return Err(unknown(format!(
+                "cannot register NSE with passed URL: {url}"
             )));
         }
+        let note = |reason: String| self.notes.violation("Register", &reason);
+        let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
+        let inside = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b);
+        let ends = edge(name.as_bytes().first()) && edge(name.as_bytes().last());
+        if !ends || !name.bytes().all(inside) || name.len() > 253 {
+            note(format!("endpoint name {name:?} is no DNS-1123 subdomain"));
+        }
+        if endpoint.network_service_names.is_empty() {
+            note("endpoint serves no network service".to_owned());
+        }
+        for service in &endpoint.network_service_names {
+            if !endpoint.network_service_labels.contains_key(service) {
+                note(format!(
+                    "no labels for {service}: the endpoint would never match"
+                ));
+            }
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// A `%` without two hexadecimal digits, which no URL has.
+fn has_bad_escape(url: &str) -> bool {
+    let digits =
+        |rest: &str| rest.len() >= 2 && rest.bytes().take(2).all(|b| b.is_ascii_hexdigit());
+    url.split('%').skip(1).any(|rest| !digits(rest))
 }

@@ -22,8 +22,8 @@ use super::Inner;
 use super::parts::{detach, remaining};
 use crate::monitor::Outbox;
 use crate::path::RegistryPath;
-use crate::policy::{PATH_HEADER, denied, envelope, header_values};
-use crate::registry::need_filter;
+use crate::policy::{PATH_HEADER, envelope, header_values, read_token};
+use crate::registry::{NO_FILTER, crashed};
 use crate::tls::Peer;
 
 /// The most that a call may take, whatever its deadline.
@@ -31,12 +31,13 @@ const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// How long an answer may take to be written.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// A call whose envelope was accepted.
+/// A call on its way in.
 pub struct Incoming {
     pub peer: Arc<Peer>,
-    pub token: Token,
+    /// The token of its headers, if they have one.
+    pub token: Option<Token>,
     pub deadline: Instant,
-    /// Time that the caller still gave it at arrival.
+    /// Time that the caller still gave it at arrival; none without a deadline.
     pub remaining: Duration,
     /// The registry's path, if the header is there once and parses.
     pub path: Option<RegistryPath>,
@@ -81,7 +82,10 @@ fn registries(mut builder: ServiceBuilder, inner: &Weak<Inner>) -> ServiceBuilde
     let run = Inner::unregister_endpoint;
     builder = unary(builder, inner, &method::NSE_UNREGISTER, of_endpoint, run);
     builder = stream(builder, inner, &method::NS_FIND, |inner, _, query| {
-        need_filter(query.network_service.is_some())?;
+        if query.network_service.is_none() {
+            inner.notes.violation("Find", NO_FILTER);
+            return Ok(crashed());
+        }
         Ok(inner.registry.find_services(&query))
     });
     stream(builder, inner, &method::NSE_FIND, Inner::find_endpoints)
@@ -125,7 +129,7 @@ where
     let what = method.name;
     builder.add_unary_handler(method, move |context: RpcContext<'_>, mut request, sink| {
         let Some(inner) = inner.upgrade() else { return };
-        let arrived = incoming(&inner, &context, true).and_then(|call| {
+        let arrived = incoming(&inner, &context, what, true).and_then(|call| {
             let key = prepare(&inner, &mut request)?;
             Ok((call, inner.turns.ticket(&format!("{what} {key}"))))
         });
@@ -151,7 +155,7 @@ where
             if let Err(error) = &result
                 && matches!(
                     error.code(),
-                    Some(Code::PERMISSION_DENIED | Code::INVALID_ARGUMENT)
+                    Some(Code::PERMISSION_DENIED | Code::INVALID_ARGUMENT | Code::INTERNAL)
                 )
             {
                 inner.notes.refuse(what, &error.to_string());
@@ -203,7 +207,7 @@ where
         method,
         move |context: RpcContext<'_>, request, sink: ServerStreamingSink<Resp>| {
             let Some(inner) = inner.upgrade() else { return };
-            let opened = incoming(&inner, &context, false).and_then(|call| {
+            let opened = incoming(&inner, &context, what, false).and_then(|call| {
                 inner.troubles.admit_stream(what)?;
                 open(&inner, &call, request)
             });
@@ -236,30 +240,29 @@ fn note_arrival(inner: &Inner, what: &str, error: &RpcError) {
 fn incoming(
     inner: &Inner,
     context: &RpcContext<'_>,
-    needs_deadline: bool,
+    what: &str,
+    unary: bool,
 ) -> Result<Incoming, RpcError> {
     let peer = inner
         .peers
         .lookup(&context.peer())
         .ok_or_else(|| RpcError::status(Code::UNAVAILABLE, "the connection has ended"))?;
     let headers = context.request_headers();
-    let token = envelope(headers, &peer, clock::wall()).map_err(denied)?;
-    let remaining = match remaining(context.deadline()) {
-        None if needs_deadline => {
-            return Err(RpcError::status(
-                Code::INVALID_ARGUMENT,
-                "call without a deadline",
-            ));
-        }
-        left => left.unwrap_or(CALL_LIMIT),
-    };
+    // What no good client sends, whether or not a policy looks at it.
+    if let Err(reason) = envelope(headers, &peer, clock::wall()) {
+        inner.notes.violation(what, &reason);
+    }
+    let left = remaining(context.deadline());
+    if unary && left.is_none() {
+        inner.notes.violation(what, "call without a deadline");
+    }
     // Only the last value counts.
     let path = header_values(headers, PATH_HEADER).pop();
     Ok(Incoming {
         peer,
-        token,
-        deadline: clock::now() + remaining.min(CALL_LIMIT),
-        remaining,
+        token: read_token(headers).ok(),
+        deadline: clock::now() + left.unwrap_or(CALL_LIMIT).min(CALL_LIMIT),
+        remaining: left.unwrap_or_default(),
         path: path.and_then(|text| RegistryPath::parse(&text).ok()),
     })
 }

@@ -84,7 +84,7 @@ fn tokens_go_into_both_segments() {
     };
     let mut c = connection("c1", 0, &[("client", "c1")]);
     enter(&mut c, "nsmgr").unwrap();
-    update_tokens(&mut c, &token("t0", 50), &token("t1", 40)).unwrap();
+    update_tokens(&mut c, Some(&token("t0", 50)), &token("t1", 40)).unwrap();
     assert_eq!(tokens(&c), ["t0", "t1"]);
     assert_eq!(
         earliest_expiry(&c),

@@ -9,7 +9,7 @@ use meridio_proxy::spiffe::jwt::{self, Token};
 use meridio_proxy::spiffe::{Identity, PeerIdentity, SvidCell};
 use meridio_proxy::sync::clock;
 
-use super::authorize;
+use super::{Refused, authorize};
 use crate::path;
 use crate::pki::Pki;
 
@@ -74,15 +74,16 @@ impl Hop {
         own: &Identity,
     ) -> Result<(), RpcError> {
         path::enter(connection, &self.name).map_err(unknown)?;
-        self.admit_entered(connection, caller, token, own)
+        self.admit_entered(connection, caller, Some(token), own)
     }
 
-    /// [`Hop::admit`] for a path that was entered already.
+    /// [`Hop::admit`] for a path that was entered already; a call without a
+    /// token leaves the one that is in the path.
     pub fn admit_entered(
         &self,
         connection: &mut Connection,
         caller: &PeerIdentity,
-        token: &Token,
+        token: Option<&Token>,
         own: &Identity,
     ) -> Result<(), RpcError> {
         let answer = self.token_as(own, caller)?;
@@ -94,13 +95,21 @@ impl Hop {
             &caller.leaf,
             clock::wall(),
         )
-        .map_err(denied)
+        .map_err(refused)
     }
 }
 
 /// An error of the chain, as Go's plain errors arrive.
 pub fn unknown(reason: impl Into<String>) -> RpcError {
     RpcError::status(Code::UNKNOWN, reason)
+}
+
+/// A policy's answer, in nsmgr's words.
+pub fn refused(refused: Refused) -> RpcError {
+    match refused {
+        Refused::No(reason) => denied(reason),
+        Refused::Conflict(reason) => RpcError::status(Code::INTERNAL, reason),
+    }
 }
 
 /// A refusal by a policy, in nsmgr's words.

@@ -4,7 +4,7 @@ use meridio_proxy::sync::clock;
 use serde_json::{Value, json};
 
 /// A token that nobody signed.
-fn unsigned(claims: &Value) -> String {
+pub fn unsigned(claims: &Value) -> String {
     let encode = |value: &Value| {
         let text = openssl::base64::encode_block(value.to_string().as_bytes());
         text.trim_end_matches('=')
@@ -71,14 +71,20 @@ fn each_policy_refuses() {
             now,
         ),
         ("tokens_chained", with(0, aud(json!(id(1)))), 2, now),
-        ("tokens_chained", with(0, aud(json!([id(1), "x"]))), 2, now),
+        (
+            "eval_conflict_error: tokens_chained",
+            with(0, aud(json!([id(1), "x"]))),
+            2,
+            now,
+        ),
         ("tokens_chained", with(0, aud(json!([]))), 2, now),
         ("prev_token_signed", tokens[..=1].to_vec(), 1, now),
         ("prev_token_signed", tokens[..1].to_vec(), 0, now),
     ];
     for (policy, tokens, index, now) in cases {
         let error = authorize(&tokens, index, &leaf, now).unwrap_err();
-        assert!(error.starts_with(policy), "{policy}: {error}");
+        let text = error.to_string();
+        assert!(text.starts_with(policy), "{policy}: {text}");
     }
     authorize(&with(0, aud(json!([id(1)]))), 2, &leaf, now).unwrap();
 }
