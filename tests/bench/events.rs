@@ -18,7 +18,7 @@ use crate::report::{Aim, Report};
 
 const AIMS: [Aim; 2] = [Aim::Median(1.0), Aim::P99(10.0)];
 const VIP_CHANGES: usize = 200;
-const LB_CHANGES: usize = 40;
+const LB_CHANGES: usize = 100;
 const TARGETS: usize = 40;
 
 pub fn run(report: &mut Report) -> Result<(), String> {
@@ -112,6 +112,7 @@ fn lbs(lab: &Topology, watch: &KernelWatch, report: &mut Report) -> Result<(), S
         lb,
         answered: Mutex::new(None),
     });
+    let told = lab.nsmgr.endpoint_changes(&lab.lb_service());
     let (mut from_answer, mut from_entry, mut removed) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..LB_CHANGES {
         watch.skip();
@@ -125,10 +126,12 @@ fn lbs(lab: &Topology, watch: &KernelWatch, report: &mut Report) -> Result<(), S
         let answered = timed.answered.lock().take().ok_or("no connection")?;
         from_entry.push(at - begun);
         from_answer.push(at.saturating_duration_since(answered));
-        let begun = clock::now();
         lab.nsmgr.unregister_endpoint("lb-50");
+        let left = told.try_iter().find(|(_, _, left)| *left);
+        let (begun, _, _) = left.ok_or("the registry tells nothing")?;
         let at = watch.wait(begun + LIMIT, |change| has_hops(change, 1));
-        removed.push(at.ok_or_else(|| late("end of a next hop"))? - begun);
+        let at = at.ok_or_else(|| late("end of a next hop"))?;
+        removed.push(at.saturating_duration_since(begun));
         let ended = lab.wait("end of the connection", || {
             let links = lab.rtnl.links()?;
             Ok(!links.iter().any(|link| link.alias.ends_with("-lb-50")))

@@ -14,6 +14,7 @@ pub(crate) mod parts;
 mod registration;
 mod serve;
 mod targets;
+mod tell;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
