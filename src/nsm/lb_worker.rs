@@ -345,10 +345,10 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             // Cut off by the end of the stop's time for it.
             Err(error)
                 if self.stopping
-                    && matches!(
+                    && (matches!(
                         error.code(),
                         Some(Code::CANCELLED | Code::DEADLINE_EXCEEDED)
-                    ) =>
+                    ) || deadline <= clock::now()) =>
             {
                 info!(id = self.template.id; "Close is not waited for any longer: {error}");
             }

@@ -35,7 +35,7 @@ fn the_same_refusal_is_one_line_and_then_counted() {
         bench.ipam_answers(Err(IpamError::Rpc(error)));
         assert_eq!(code(&mut awaited), Code::NOT_FOUND);
     }
-    let line = "Request of a target refused: NOT_FOUND: no conduit";
+    let line = "Request of a target refused: NOT_FOUND: IPAM: NOT_FOUND: no conduit";
     let later = bench.now.mono + Duration::from_secs(60);
     assert_eq!(
         bench.desk.refusals.admit(line, later),
