@@ -19,7 +19,10 @@ fn answered_with(count: usize) -> Result<String, RpcError> {
         context.spawn(async move {
             for number in 0..count {
                 let message = named(&number.to_string());
-                let _ = sink.send((message, WriteFlags::default())).await;
+                if sink.send((message, WriteFlags::default())).await.is_err() {
+                    // The caller has had enough.
+                    return;
+                }
             }
             let _ = sink.close().await;
         });

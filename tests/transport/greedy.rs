@@ -14,7 +14,7 @@ use crate::calls::open;
 use crate::hostile::verified;
 use crate::rig::{Rig, soon};
 
-const CHUNK: usize = 16 * 1024;
+const CHUNK: i64 = 16 * 1024;
 /// Rounds in which it gets nothing more, each of some 20 ms.
 const QUIET: usize = 25;
 
@@ -26,7 +26,7 @@ struct Greedy {
     initial: i64,
     connection: i64,
     /// Window and bytes left of each stream.
-    streams: BTreeMap<u32, (i64, usize)>,
+    streams: BTreeMap<u32, (i64, i64)>,
     is_over: bool,
 }
 
@@ -83,7 +83,7 @@ impl Greedy {
     }
 
     /// Begins a call with a message of `length`, of which `left` bytes will come.
-    fn call(&mut self, number: u32, length: u32, left: usize) {
+    fn call(&mut self, number: u32, length: u32, left: i64) {
         let id = 2 * number + 1;
         self.write(&frame(1, 4, id, &headers()));
         let mut prefix = vec![0];
@@ -97,19 +97,16 @@ impl Greedy {
     fn push(&mut self) -> bool {
         let mut has_sent = false;
         for id in self.streams.keys().copied().collect::<Vec<_>>() {
-            loop {
-                let Some((window, left)) = self.streams.get_mut(&id) else {
-                    break;
-                };
-                let most = (*window).min(self.connection).clamp(0, CHUNK as i64);
-                let count = usize::try_from(most).unwrap().min(*left);
-                if count == 0 || self.is_over {
+            while let Some((window, left)) = self.streams.get_mut(&id) {
+                let count = (*window).min(self.connection).min(*left).min(CHUNK);
+                if count <= 0 || self.is_over {
                     break;
                 }
-                *window -= count as i64;
+                *window -= count;
                 *left -= count;
-                self.connection -= count as i64;
-                self.write(&frame(0, 0, id, &vec![0x0a; count]));
+                self.connection -= count;
+                let payload = vec![0x0a; usize::try_from(count).unwrap()];
+                self.write(&frame(0, 0, id, &payload));
                 has_sent = true;
             }
         }
@@ -167,7 +164,7 @@ impl Greedy {
 /// Calls of this many, each with a message that says it has `length` bytes and
 /// of which `left` come; meanwhile another peer's calls and stream go on.
 /// Whether the greedy one is still connected.
-fn stays(calls: u32, length: u32, left: usize) -> bool {
+fn stays(calls: u32, length: u32, left: i64) -> bool {
     let rig = Rig::new();
     let path = rig.path("s.sock");
     let _server = rig.serve(rig.server_cell(), &path);
@@ -197,7 +194,7 @@ fn stays(calls: u32, length: u32, left: usize) -> bool {
 fn a_greedy_peer_starves_nobody() {
     let most = u32::try_from(REQUEST_MAX).unwrap();
     // As much as it may, in calls that do not end.
-    assert!(stays(256, most, REQUEST_MAX - 1));
+    assert!(stays(256, most, i64::from(most) - 1));
     // Calls that are answered, and go on.
     stays(256, 10, 1 << 24);
     // Messages that will be refused, in as many calls, and in one.
