@@ -70,6 +70,7 @@ fn lbs_come_and_go() {
         }
     }
     assert_eq!(rig.nsmgr.crosses(), 3);
+    rig.expect_streams(3, 1);
     rig.nsmgr.remove_endpoint("lb-2");
     loop {
         match rig.fact() {
@@ -83,7 +84,9 @@ fn lbs_come_and_go() {
             other => panic!("{other}"),
         }
     }
+    rig.expect_streams(2, 1);
     assert!(mesh.stop(soon()).is_empty());
+    rig.expect_streams(0, 0);
     assert!(rig.nsmgr.connections().is_empty());
     assert_eq!(rig.nsmgr.crosses(), 0);
 }

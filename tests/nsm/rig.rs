@@ -25,6 +25,7 @@ use meridio_proxy::proto::connection::Connection;
 use meridio_proxy::rpc::env::Rpc;
 use meridio_proxy::spiffe::SvidCell;
 use meridio_proxy::sync::clock;
+use meridio_proxy::sync::stop::stop_pair;
 use meridio_proxy::sync::thread::Threads;
 use meridio_proxy::transport::client::{Address, Connector, ConnectorOptions};
 
@@ -278,6 +279,18 @@ impl Rig {
     pub fn expect_pair(&self, lb: &str) {
         let pair = self.pairs.recv_timeout(PATIENCE).unwrap();
         assert_eq!(pair, Pair::Connect(format!("server-{}", id(lb))));
+    }
+
+    /// nsmgr soon has so many monitor and Find streams open: it forgets those
+    /// that it is not told of any more (Nordix/Meridio#545).
+    #[track_caller]
+    pub fn expect_streams(&self, monitors: usize, finds: usize) {
+        let (_stopper, stop) = stop_pair();
+        let until = soon();
+        while self.nsmgr.streams() != (monitors, finds) {
+            assert!(clock::now() < until, "{:?}", self.nsmgr.streams());
+            let _ = stop.wait(Duration::from_millis(20));
+        }
     }
 
     /// Nothing was refused, and nothing is left.
