@@ -262,6 +262,8 @@ impl Run {
         self.net.turn(self.now);
         self.take(NetMsg::Overrun);
         self.kernel.with(|state| state.refused.clear());
+        self.net.turn(self.now);
+        // What a predecessor left may settle from here only.
         self.now += Duration::from_secs(6);
         self.net.turn(self.now);
         self.lost = false;
