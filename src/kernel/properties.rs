@@ -15,7 +15,7 @@ use crate::core::dataplane::Dataplane;
 use crate::core::event::Event;
 use crate::core::family::{Family, IpFamilies, PerFamily};
 use crate::core::ids::{EndpointName, IfName, PortKey, SegmentId};
-use crate::core::observed::{RouteKind, Rule};
+use crate::core::observed::{RouteKind, Rule, RuleAction};
 use crate::core::op::{BRIDGE, route_metric};
 use crate::sync::clock;
 
@@ -303,7 +303,7 @@ fn make(state: &mut State, change: &Foreign) -> Option<NetMsg> {
                 priority: if *ours { 19_000 } else { 32_000 },
                 source: VIPS[*n].parse().unwrap(),
                 protocol: if *ours { 77 } else { 0 },
-                plain: true,
+                action: RuleAction::Lookup,
             };
             *state.rules.entry(rule).or_default() += 1;
             None
