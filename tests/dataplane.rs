@@ -35,7 +35,7 @@ use meridio_proxy::core::dataplane::Dataplane;
 use meridio_proxy::core::event::Event;
 use meridio_proxy::core::family::{Family, IpFamilies, PerFamily};
 use meridio_proxy::core::ids::{EndpointName, IfIndex, IfName, PortKey, SegmentId};
-use meridio_proxy::core::observed::{Link, LinkFact, Observed, RouteKind, Rule};
+use meridio_proxy::core::observed::{Link, LinkFact, Observed, RouteKind, Rule, RuleAction};
 use meridio_proxy::core::op::{BRIDGE, KernelOp};
 use meridio_proxy::core::plan;
 use meridio_proxy::sync::clock;
@@ -131,7 +131,7 @@ impl Machine {
                     priority: parsed(priority),
                     source: parsed(source),
                     protocol: parsed(protocol),
-                    plain: true,
+                    action: RuleAction::Lookup,
                 };
                 *self.observed.rules.entry(rule).or_default() += 1;
             }

@@ -23,5 +23,7 @@ pub mod plan;
 pub mod readiness;
 pub mod registration;
 pub mod retry;
+mod rule_tree;
+pub mod rules;
 pub mod targets;
 pub mod vips;

@@ -63,8 +63,21 @@ pub struct Rule {
     pub source: IpNetwork,
     /// The protocol id of who made it.
     pub protocol: u8,
-    /// `from X lookup 1`, and no other selector.
-    pub plain: bool,
+    /// What it does.
+    pub action: RuleAction,
+}
+
+/// What a rule does with a packet from its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleAction {
+    /// `lookup 1`, and no other selector than the source.
+    Lookup,
+    /// Goes on at the rule of that priority, and no other selector.
+    Goto(u32),
+    /// Nothing, and no other selector.
+    Nop,
+    /// Something that we never make.
+    Other,
 }
 
 impl Rule {
@@ -223,12 +236,16 @@ impl Observed {
             KernelOp::DeleteRoute { family, metric } => {
                 self.routes.get_mut(*family).remove(metric);
             }
-            KernelOp::AddRule { source, priority } => {
+            KernelOp::AddRule {
+                source,
+                priority,
+                action,
+            } => {
                 let rule = Rule {
                     priority: *priority,
                     source: *source,
                     protocol: PROTOCOL,
-                    plain: true,
+                    action: *action,
                 };
                 *self.rules.entry(rule).or_default() += 1;
             }

@@ -8,7 +8,7 @@ use ipnetwork::IpNetwork;
 
 use super::family::Family;
 use super::ids::{IfIndex, IfName};
-use super::observed::Rule;
+use super::observed::{Rule, RuleAction};
 
 /// The bridge's name (Meridio pkg/proxy/proxy.go).
 pub const BRIDGE: &str = "bridge0";
@@ -113,12 +113,14 @@ pub enum KernelOp {
         /// Its metric: a deletion without one would take the fallback.
         metric: u32,
     },
-    /// Sends what comes from a VIP to our table.
+    /// Sends what comes from a VIP to our table, or leads there.
     AddRule {
-        /// The VIP, masked.
+        /// The VIP, or a prefix of several, masked.
         source: IpNetwork,
         /// Where in the list.
         priority: u32,
+        /// What it does.
+        action: RuleAction,
     },
     /// Deletes a rule.
     DeleteRule(Rule),
@@ -133,7 +135,12 @@ impl KernelOp {
     pub fn has_side_effects(&self) -> bool {
         match self {
             Self::CreateBridge { .. } | Self::BridgeUp { .. } | Self::RemoveAddress { .. } => true,
-            Self::DeleteRule(rule) => rule.source.prefix() == 0 || !rule.plain,
+            Self::DeleteRule(rule) => match rule.action {
+                RuleAction::Lookup => rule.source.prefix() == 0,
+                // Beside ours of that priority there are none.
+                RuleAction::Goto(_) | RuleAction::Nop => false,
+                RuleAction::Other => true,
+            },
             _ => false,
         }
     }
@@ -206,9 +213,13 @@ impl fmt::Display for KernelOp {
                 "{} route del default table {TABLE} metric {metric}",
                 ip(*family)
             ),
-            Self::AddRule { source, priority } => write!(
+            Self::AddRule {
+                source,
+                priority,
+                action,
+            } => write!(
                 f,
-                "{} rule add from {source} priority {priority} lookup {TABLE} protocol {PROTOCOL}",
+                "{} rule add from {source} priority {priority}{action} protocol {PROTOCOL}",
                 of(source.ip())
             ),
             Self::DeleteRule(rule) => delete_rule(rule, f),
@@ -219,14 +230,22 @@ impl fmt::Display for KernelOp {
 fn delete_rule(rule: &Rule, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     write!(
         f,
-        "{} rule del from {} priority {} protocol {}",
+        "{} rule del from {} priority {} protocol {}{}",
         ip(rule.family()),
         rule.source,
         rule.priority,
-        rule.protocol
-    )?;
-    if rule.plain {
-        write!(f, " lookup {TABLE}")?;
+        rule.protocol,
+        rule.action
+    )
+}
+
+impl fmt::Display for RuleAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lookup => write!(f, " lookup {TABLE}"),
+            Self::Goto(priority) => write!(f, " goto {priority}"),
+            Self::Nop => f.write_str(" nop"),
+            Self::Other => Ok(()),
+        }
     }
-    Ok(())
 }

@@ -5,7 +5,6 @@
 //! LB's port is in the bridge before it becomes a next hop, and its next hop is
 //! gone before its port. The list is empty exactly when all is as wanted.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -13,17 +12,10 @@ use ipnetwork::IpNetwork;
 use super::desired::{Desired, PortIntent, RouteIntent};
 use super::family::Family;
 use super::ids::IfIndex;
-use super::observed::{Observed, RouteKind, Rule};
+use super::observed::{Observed, RouteKind};
 pub use super::op::KernelOp;
-use super::op::{FALLBACK_METRIC, PROTOCOL, route_metric};
-
-/// Priority of the first rule; those that follow get falling numbers, which
-/// the kernel inserts at the head of its list without a walk. Far above the
-/// numbers that the kernel gives to rules without one, which are just below
-/// the main table's 32766.
-pub const FIRST_PRIORITY: u32 = 20_000;
-/// The smallest priority that a rule gets; all further ones share it.
-pub const LAST_PRIORITY: u32 = 1_000;
+use super::op::{FALLBACK_METRIC, route_metric};
+use super::rules;
 
 /// The operations, in the order in which they must be done.
 #[must_use]
@@ -42,7 +34,9 @@ pub fn diff(observed: &Observed, desired: &Desired) -> Vec<KernelOp> {
             replace_route(observed, desired, family, bridge, &mut ops);
         }
     }
-    rules(observed, desired, &mut ops);
+    if let Some(vips) = &desired.vips {
+        rules::diff(observed, vips, &mut ops);
+    }
     for family in Family::ALL {
         delete_routes(observed, desired, family, &mut ops);
     }
@@ -229,49 +223,4 @@ fn delete_routes(observed: &Observed, desired: &Desired, family: Family, ops: &m
             });
         }
     }
-}
-
-/// One rule for each VIP: what is there stays where it is, what is missing is
-/// added by falling priority, then what is too much is deleted by rising
-/// priority, so that no packet of a kept VIP finds no rule.
-///
-/// The place for the `goto` tree of many VIPs: it is another list of wanted
-/// rules, compared with the observed ones in the same way.
-fn rules(observed: &Observed, desired: &Desired, ops: &mut Vec<KernelOp>) {
-    let Some(vips) = &desired.vips else {
-        return;
-    };
-    let mut kept: BTreeSet<IpNetwork> = BTreeSet::new();
-    let mut surplus: Vec<Rule> = Vec::new();
-    // Ours first: of several copies, a predecessor's without our protocol id
-    // goes.
-    let (ours, others): (Vec<_>, Vec<_>) = observed
-        .rules
-        .iter()
-        .partition(|(rule, _)| rule.protocol == PROTOCOL);
-    for (rule, count) in ours.into_iter().chain(others) {
-        let keep = rule.plain && vips.contains(&rule.source) && kept.insert(rule.source);
-        let copies = count.saturating_sub(u32::from(keep));
-        surplus.extend((0..copies).map(|_| *rule));
-    }
-    for family in Family::ALL {
-        let used: BTreeSet<u32> = observed
-            .rules
-            .keys()
-            .filter(|rule| rule.family() == family)
-            .map(|rule| rule.priority)
-            .collect();
-        let mut free = (LAST_PRIORITY..=FIRST_PRIORITY)
-            .rev()
-            .filter(|priority| !used.contains(priority));
-        let missing = vips
-            .iter()
-            .filter(|vip| Family::from(**vip) == family && !kept.contains(vip));
-        ops.extend(missing.map(|vip| KernelOp::AddRule {
-            source: *vip,
-            priority: free.next().unwrap_or(LAST_PRIORITY),
-        }));
-    }
-    surplus.sort_unstable();
-    ops.extend(surplus.into_iter().map(KernelOp::DeleteRule));
 }

@@ -69,6 +69,17 @@ impl OpError {
     }
 }
 
+impl OpError {
+    /// Whether it says no more than that a port's interface has just gone, of
+    /// which an event tells as well: a connection's interface goes with each
+    /// reselect.
+    #[must_use]
+    pub fn is_a_gone_port(&self, op: &KernelOp) -> bool {
+        let gone = matches!(self, Self::Refused { errno, .. } if *errno == libc::ENODEV);
+        gone && matches!(op, KernelOp::Attach { .. })
+    }
+}
+
 impl fmt::Display for OpError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -85,3 +96,22 @@ impl fmt::Display for OpError {
 }
 
 impl std::error::Error for OpError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::ids::{IfIndex, IfName};
+
+    #[test]
+    fn only_a_port_that_has_gone_is_no_news() {
+        let bridge = IfIndex::new(2).unwrap();
+        let port = IfName::parse("nsm-a").unwrap();
+        let refused = |errno| OpError::Refused { errno, text: None };
+        let attach = KernelOp::Attach { port, bridge };
+        assert!(refused(libc::ENODEV).is_a_gone_port(&attach));
+        assert!(!refused(libc::EBUSY).is_a_gone_port(&attach));
+        assert!(!OpError::Unknown(String::new()).is_a_gone_port(&attach));
+        let up = KernelOp::BridgeUp { bridge };
+        assert!(!refused(libc::ENODEV).is_a_gone_port(&up));
+    }
+}

@@ -15,7 +15,7 @@ use super::error::{KernelError, OpError};
 use crate::core::announce::Behind;
 use crate::core::family::{Family, PerFamily};
 use crate::core::ids::{IfIndex, IfName};
-use crate::core::observed::{Link, LinkFact, Observed, RouteKind, Rule};
+use crate::core::observed::{Link, LinkFact, Observed, RouteKind, Rule, RuleAction};
 use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, route_metric};
 
 /// The state, shared by the worker under test and the test.
@@ -124,7 +124,9 @@ fn place(op: &KernelOp) -> Option<(u32, i64)> {
         KernelOp::Attach { .. } => (2, 0),
         KernelOp::ForgetNeighbour { .. } | KernelOp::AskNeighbour { .. } => (3, 0),
         KernelOp::Unreachable { .. } | KernelOp::ReplaceRoute { .. } => (4, 0),
-        KernelOp::AddRule { source, priority } => {
+        KernelOp::AddRule {
+            source, priority, ..
+        } => {
             let list = if source.is_ipv4() { 0 } else { 100_000 };
             (5, list - i64::from(*priority))
         }
@@ -204,7 +206,11 @@ impl State {
                     .remove(metric)
                     .ok_or(libc::ESRCH)?;
             }
-            KernelOp::AddRule { source, priority } => self.add_rule(*source, *priority)?,
+            KernelOp::AddRule {
+                source,
+                priority,
+                action,
+            } => self.add_rule(*source, *priority, *action)?,
             KernelOp::DeleteRule(rule) => self.delete_rule(rule)?,
         }
         Ok(())
@@ -294,21 +300,33 @@ impl State {
         Ok(())
     }
 
-    /// Stricter than Linux, which takes host bits and duplicates.
-    fn add_rule(&mut self, source: IpNetwork, priority: u32) -> Result<(), i32> {
-        let there = self
-            .rules
-            .keys()
-            .any(|rule| rule.plain && rule.source == source && rule.protocol == PROTOCOL);
-        if there || source.network() != source.ip() || source.prefix() == 0 {
-            return Err(libc::EINVAL);
-        }
+    /// Stricter than Linux, which takes host bits and duplicates, and a goto
+    /// before its target.
+    fn add_rule(
+        &mut self,
+        source: IpNetwork,
+        priority: u32,
+        action: RuleAction,
+    ) -> Result<(), i32> {
         let rule = Rule {
             priority,
             source,
             protocol: PROTOCOL,
-            plain: true,
+            action,
         };
+        let bad = match action {
+            RuleAction::Lookup => source.prefix() == 0,
+            RuleAction::Goto(target) => {
+                let there =
+                    |rule: &Rule| rule.priority == target && rule.family() == Family::from(source);
+                target <= priority || !self.rules.keys().any(there)
+            }
+            RuleAction::Nop => false,
+            RuleAction::Other => true,
+        };
+        if bad || self.rules.contains_key(&rule) || source.network() != source.ip() {
+            return Err(libc::EINVAL);
+        }
         *self.rules.entry(rule).or_default() += 1;
         Ok(())
     }

@@ -117,6 +117,7 @@ fn read(socket: &mut EventSocket, own_port: u32) -> io::Result<Burst> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::observed::RuleAction;
     use crate::core::op::KernelOp;
     use crate::kernel::Rtnl;
     use crate::kernel::netlink::Netlink;
@@ -127,6 +128,7 @@ mod tests {
             .map(|n| KernelOp::AddRule {
                 source: format!("20.0.{}.{}/32", n / 256, n % 256).parse().unwrap(),
                 priority: 20_000 - n,
+                action: RuleAction::Lookup,
             })
             .collect()
     }

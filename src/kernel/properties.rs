@@ -15,7 +15,7 @@ use crate::core::dataplane::Dataplane;
 use crate::core::event::Event;
 use crate::core::family::{Family, IpFamilies, PerFamily};
 use crate::core::ids::{EndpointName, IfName, PortKey, SegmentId};
-use crate::core::observed::{RouteKind, Rule};
+use crate::core::observed::{RouteKind, Rule, RuleAction};
 use crate::core::op::{BRIDGE, route_metric};
 use crate::sync::clock;
 
@@ -262,6 +262,8 @@ impl Run {
         self.net.turn(self.now);
         self.take(NetMsg::Overrun);
         self.kernel.with(|state| state.refused.clear());
+        self.net.turn(self.now);
+        // What a predecessor left may settle from here only.
         self.now += Duration::from_secs(6);
         self.net.turn(self.now);
         self.lost = false;
@@ -301,7 +303,7 @@ fn make(state: &mut State, change: &Foreign) -> Option<NetMsg> {
                 priority: if *ours { 19_000 } else { 32_000 },
                 source: VIPS[*n].parse().unwrap(),
                 protocol: if *ours { 77 } else { 0 },
-                plain: true,
+                action: RuleAction::Lookup,
             };
             *state.rules.entry(rule).or_default() += 1;
             None

@@ -257,7 +257,9 @@ impl<K: Rtnl> Net<K> {
         if matches!(error, OpError::Refused { .. }) {
             self.dataplane.failed(op);
         }
-        if self.refused.get(op) != Some(error) {
+        if error.is_a_gone_port(op) {
+            debug!("not done: {op}: {error}");
+        } else if self.refused.get(op) != Some(error) {
             warn!("failed, to be tried again: {op}: {error}");
         }
     }

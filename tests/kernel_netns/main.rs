@@ -11,5 +11,7 @@
 mod announce;
 mod harness;
 mod operations;
+mod pod;
 mod report;
+mod rule_tree;
 mod worker;

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use meridio_proxy::core::family::Family;
 use meridio_proxy::core::ids::IfIndex;
-use meridio_proxy::core::observed::RouteKind;
+use meridio_proxy::core::observed::{RouteKind, RuleAction};
 use meridio_proxy::core::op::{FALLBACK_METRIC, KernelOp, PROTOCOL};
 use meridio_proxy::kernel::error::OpError;
 use meridio_proxy::kernel::netlink::Netlink;
@@ -243,6 +243,7 @@ fn a_refusal_is_explained_and_does_not_stop_its_batch() {
     let rule = |text: &str, priority| KernelOp::AddRule {
         source: text.parse().unwrap(),
         priority,
+        action: RuleAction::Lookup,
     };
     let outcomes = netlink.apply(&[
         rule("20.0.0.1/32", 20_000),
@@ -273,6 +274,7 @@ fn a_thousand_rules_go_in_and_out_in_batches() {
         .map(|n| KernelOp::AddRule {
             source: format!("20.0.{}.{}/32", n / 256, n % 256).parse().unwrap(),
             priority: 20_000 - n,
+            action: RuleAction::Lookup,
         })
         .collect();
     assert!(netlink.apply(&adds).iter().all(Result::is_ok));
@@ -282,7 +284,7 @@ fn a_thousand_rules_go_in_and_out_in_batches() {
         observed
             .rules
             .keys()
-            .all(|rule| rule.plain && rule.protocol == PROTOCOL)
+            .all(|rule| rule.action == RuleAction::Lookup && rule.protocol == PROTOCOL)
     );
     let deletes: Vec<KernelOp> = observed
         .rules
@@ -309,19 +311,19 @@ fn only_rules_of_ours_are_seen() {
         .unwrap()
         .rules
         .keys()
-        .map(|rule| (rule.source.to_string(), rule.plain, rule.protocol))
+        .map(|rule| (rule.source.to_string(), rule.action, rule.protocol))
         .collect();
     let expected = [
-        ("20.0.0.4/32".to_owned(), false, PROTOCOL),
-        ("fd20::/48".to_owned(), true, 3),
-        ("20.0.0.1/32".to_owned(), true, 3),
+        ("20.0.0.4/32".to_owned(), RuleAction::Other, PROTOCOL),
+        ("fd20::/48".to_owned(), RuleAction::Lookup, 3),
+        ("20.0.0.1/32".to_owned(), RuleAction::Lookup, 3),
     ];
     assert_eq!(seen.len(), 3, "{seen:?}");
     for rule in &expected {
         assert!(
             seen.iter()
-                .any(|(source, plain, protocol)| *source == rule.0
-                    && *plain == rule.1
+                .any(|(source, action, protocol)| *source == rule.0
+                    && *action == rule.1
                     && (*protocol == rule.2 || *protocol == 0)),
             "{rule:?} in {seen:?}"
         );

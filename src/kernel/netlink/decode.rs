@@ -13,12 +13,12 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteNextHop, RouteType,
 };
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction as Action, RuleAttribute, RuleFlags, RuleMessage};
 
 use super::frame::{Frame, text, u32_at};
 use crate::core::family::Family;
 use crate::core::ids::{IfIndex, IfName};
-use crate::core::observed::{Link, LinkFact, RouteKind, Rule};
+use crate::core::observed::{Link, LinkFact, RouteKind, Rule, RuleAction};
 use crate::core::op::{PROTOCOL, TABLE};
 use crate::kernel::announce::Mac;
 
@@ -269,7 +269,8 @@ fn family(family: AddressFamily) -> Option<Family> {
     }
 }
 
-/// Reads a rule of ours: plain and to our table, or with our protocol id.
+/// Reads a rule of ours: to our table and without a selector but the source, or
+/// with our protocol id.
 #[must_use]
 pub fn rule(payload: &[u8]) -> Option<Rule> {
     let message = RuleMessage::parse(payload).ok()?;
@@ -282,29 +283,36 @@ pub fn rule(payload: &[u8]) -> Option<Rule> {
         Family::V4 => IpAddr::from(Ipv4Addr::UNSPECIFIED),
         Family::V6 => IpAddr::from(Ipv6Addr::UNSPECIFIED),
     };
-    let mut plain = header.dst_len == 0
-        && header.tos == 0
-        && header.flags.is_empty()
-        && header.action == RuleAction::ToTable;
+    // A goto whose target is missing says so in a flag.
+    let mut plain =
+        header.dst_len == 0 && header.tos == 0 && (header.flags - RuleFlags::Unresolved).is_empty();
+    let mut target = None;
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(value) => priority = *value,
             RuleAttribute::Protocol(value) => protocol = u8::from(*value),
             RuleAttribute::Table(value) => table = *value,
             RuleAttribute::Source(address) => source = *address,
+            RuleAttribute::Goto(priority) => target = Some(*priority),
             // Always sent; all ones is "not set".
             RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
             _ => plain = false,
         }
     }
-    plain &= table == u32::from(TABLE);
-    if !plain && protocol != PROTOCOL {
+    let action = match (header.action, target) {
+        _ if !plain => RuleAction::Other,
+        (Action::ToTable, None) if table == u32::from(TABLE) => RuleAction::Lookup,
+        (Action::Goto, Some(target)) => RuleAction::Goto(target),
+        (Action::Nop, None) => RuleAction::Nop,
+        _ => RuleAction::Other,
+    };
+    if action != RuleAction::Lookup && protocol != PROTOCOL {
         return None;
     }
     Some(Rule {
         priority,
         source: IpNetwork::new(source, header.src_len).ok()?,
         protocol,
-        plain,
+        action,
     })
 }

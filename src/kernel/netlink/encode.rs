@@ -18,12 +18,12 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAttribute, RouteMessage, RouteNextHop, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction as Action, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::core::family::Family;
 use crate::core::ids::{IfIndex, IfName};
-use crate::core::observed::Rule;
+use crate::core::observed::{Rule, RuleAction};
 use crate::core::op::{BRIDGE, FALLBACK_METRIC, KernelOp, PROTOCOL, TABLE, route_metric};
 use crate::kernel::announce::Mac;
 
@@ -90,10 +90,8 @@ pub fn operation(op: &KernelOp, sequence: u32) -> Vec<u8> {
         KernelOp::AskNeighbour { bridge, address } => {
             let mut message = neighbour(*bridge, *address);
             message.header.flags = NeighbourFlags::Use;
-            (
-                RouteNetlinkMessage::NewNeighbour(message),
-                NLM_F_CREATE | NLM_F_REPLACE,
-            )
+            let message = RouteNetlinkMessage::NewNeighbour(message);
+            (message, NLM_F_CREATE | NLM_F_REPLACE)
         }
         KernelOp::Unreachable { family } => {
             let mut message = route(*family, RouteType::Unreachable);
@@ -114,10 +112,15 @@ pub fn operation(op: &KernelOp, sequence: u32) -> Vec<u8> {
             NLM_F_CREATE | NLM_F_REPLACE,
         ),
         KernelOp::DeleteRoute { family, metric } => (delete_route(*family, *metric), 0),
-        KernelOp::AddRule { source, priority } => {
-            (rule(*source, *priority, PROTOCOL, true), NLM_F_CREATE)
+        KernelOp::AddRule {
+            source,
+            priority,
+            action,
+        } => {
+            let message = rule(*source, *priority, PROTOCOL, *action);
+            (RouteNetlinkMessage::NewRule(message), NLM_F_CREATE)
         }
-        KernelOp::DeleteRule(rule) => (delete_rule(rule), 0),
+        KernelOp::DeleteRule(old) => (delete_rule(old), 0),
     };
     serialise(message, NLM_F_REQUEST | flags, sequence)
 }
@@ -367,16 +370,14 @@ fn delete_route(family: Family, metric: u32) -> RouteNetlinkMessage {
     RouteNetlinkMessage::DelRoute(message)
 }
 
-fn rule_message(source: IpNetwork, priority: u32, protocol: u8, plain: bool) -> RuleMessage {
+fn delete_rule(old: &Rule) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::DelRule(rule(old.source, old.priority, old.protocol, old.action))
+}
+
+fn rule(source: IpNetwork, priority: u32, protocol: u8, action: RuleAction) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = address_family(source.into());
     message.header.src_len = source.prefix();
-    // Of a rule that is not plain only what we know of it is named; what is
-    // left out is a wild card in a deletion.
-    if plain {
-        message.header.table = TABLE;
-        message.header.action = RuleAction::ToTable;
-    }
     message.attributes = vec![
         RuleAttribute::Priority(priority),
         RuleAttribute::Protocol(RouteProtocol::from(protocol)),
@@ -384,20 +385,21 @@ fn rule_message(source: IpNetwork, priority: u32, protocol: u8, plain: bool) -> 
     if source.prefix() != 0 {
         message.attributes.push(RuleAttribute::Source(source.ip()));
     }
+    match action {
+        RuleAction::Lookup => {
+            message.header.table = TABLE;
+            message.header.action = Action::ToTable;
+        }
+        RuleAction::Goto(priority) => {
+            message.header.action = Action::Goto;
+            message.attributes.push(RuleAttribute::Goto(priority));
+        }
+        RuleAction::Nop => message.header.action = Action::Nop,
+        // Only what we know of it is named; what is left out is a wild card in
+        // a deletion.
+        RuleAction::Other => {}
+    }
     message
-}
-
-fn rule(source: IpNetwork, priority: u32, protocol: u8, plain: bool) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::NewRule(rule_message(source, priority, protocol, plain))
-}
-
-fn delete_rule(rule: &Rule) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::DelRule(rule_message(
-        rule.source,
-        rule.priority,
-        rule.protocol,
-        rule.plain,
-    ))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::encode;
 use super::frame::{Frame, frames};
 use crate::core::family::Family;
 use crate::core::ids::{IfIndex, IfName};
-use crate::core::observed::{LinkFact, RouteKind, Rule};
+use crate::core::observed::{LinkFact, RouteKind, Rule, RuleAction};
 use crate::core::op::KernelOp;
 
 fn bytes(hex: &str) -> Vec<u8> {
@@ -55,7 +55,7 @@ fn rule() -> Rule {
         priority: 20_000,
         source: "20.0.0.0/24".parse().unwrap(),
         protocol: 77,
-        plain: true,
+        action: RuleAction::Lookup,
     }
 }
 
@@ -163,6 +163,7 @@ fn operations_that_differ_from_iproute2_on_purpose() {
             KernelOp::AddRule {
                 source: rule().source,
                 priority: rule().priority,
+                action: RuleAction::Lookup,
             },
             "34000000 2000 0104 01000000 00000000 02001800 01000001 00000000
              08000600 204e0000 05001500 4d000000 08000200 14000000",
@@ -306,7 +307,10 @@ fn rules_are_ours_by_what_they_do_or_by_their_id() {
         bytes
     };
     assert_eq!(decode::rule(&inverted(3)), None);
-    assert!(!decode::rule(&inverted(77)).unwrap().plain);
+    assert_eq!(
+        decode::rule(&inverted(77)).unwrap().action,
+        RuleAction::Other
+    );
 }
 
 proptest! {
