@@ -15,6 +15,8 @@ cd "$(dirname "$0")/.."
 
 cargo=${CARGO:-cargo}
 read -r -a flags <<<"${CARGO_FLAGS:---locked}"
+# A property test would write down what it failed with.
+export PROPTEST_DISABLE_FAILURE_PERSISTENCE=true
 # Longer than any test of the table takes.
 limit=300
 log=$(mktemp)
