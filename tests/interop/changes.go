@@ -243,6 +243,9 @@ func (l *lab) waitRule(vip string, wanted bool, limit time.Duration) error {
 // it leaves on purpose.
 func (l *lab) farewell(r *report) error {
 	l.traffic.stop()
+	if err := l.ctx.Err(); err != nil {
+		return err
+	}
 	line := result{Step: "all close, then the daemon stops"}
 	err := func() error {
 		for name := range l.targets {

@@ -59,6 +59,9 @@ func (r result) cell() string {
 			parts = append(parts, part)
 		}
 	}
+	if len(parts) == 0 {
+		return "passed"
+	}
 	return strings.Join(parts, "; ")
 }
 
