@@ -5,7 +5,7 @@
 
 FROM rust:1.95-slim-bookworm AS build
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends cmake g++ libcap2-bin libssl-dev make pkg-config \
+    && apt-get install -y --no-install-recommends cmake g++ libssl-dev make pkg-config \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./

@@ -9,6 +9,7 @@ use super::NetMsg;
 use super::netlink::decode::{Notice, is_link, notice};
 use super::netlink::frame::frames;
 use super::netlink::socket::EventSocket;
+use crate::sync::clock;
 use crate::sync::poll::{self, WakeFd};
 use crate::sync::stop::Stop;
 
@@ -38,7 +39,9 @@ pub fn run(
 ) {
     let mut lost = false;
     loop {
-        if let Err(error) = poll::wait(&[socket.interest(), wake.interest()], None) {
+        // Lost events are still to be told, though the queue may be empty by now.
+        let deadline = lost.then(clock::now);
+        if let Err(error) = poll::wait(&[socket.interest(), wake.interest()], deadline) {
             error!("poll of the netlink event socket: {error}");
             return;
         }

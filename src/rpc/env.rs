@@ -15,11 +15,14 @@ const METADATA_MAX: i32 = 1024 * 1024;
 const MESSAGE_MAX: i32 = 4 * 1024 * 1024;
 /// Memory that all calls of one server together may use for buffers. Where it
 /// runs out the C core ends calls and connections of whichever peer, so what
-/// one connection can use must stay well below: [`STREAMS_MAX`] times
-/// [`REQUEST_MAX`] and [`REQUEST_METADATA_MAX`].
+/// one connection can use must stay well below: [`UNFINISHED_MAX`], and
+/// [`STREAMS_MAX`] times [`REQUEST_METADATA_MAX`].
 const SERVER_MEMORY: usize = 64 * 1024 * 1024;
-/// Largest message to our servers. A Request with ten hops has some 20 KiB.
-pub const REQUEST_MAX: usize = 128 * 1024;
+/// Largest message to our servers. A Request with ten hops has some 20 KiB, and
+/// 200 bytes more for each VIP: room for 5 000.
+pub const REQUEST_MAX: usize = 1024 * 1024;
+/// Bytes of messages that one connection may have begun and not ended.
+pub const UNFINISHED_MAX: usize = 4 * REQUEST_MAX;
 /// Metadata of a call to our servers: NSM's token has some 1 KiB.
 const REQUEST_METADATA_MAX: i32 = 64 * 1024;
 /// Calls that a server asks for in advance; with the default of 1 024 a

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::rpc::env::{REQUEST_MAX, STREAMS_MAX};
+use crate::rpc::env::{REQUEST_MAX, STREAMS_MAX, UNFINISHED_MAX};
 
 /// The preface of a connection, before its first frame.
 const PREFACE: usize = 24;
@@ -23,14 +23,14 @@ const FLAG_END_STREAM: u8 = 1;
 /// Payload of all DATA of a call: one message and its prefix. What is a little
 /// longer gRPC refuses in better words.
 const CALL_MAX: usize = 2 * REQUEST_MAX;
-/// Calls whose request is not complete.
-const UNFINISHED_MAX: usize = STREAMS_MAX;
 
 /// What a peer did beyond its allowance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Excess {
     /// The request of one call is too long.
     Bytes,
+    /// All requests that are not complete are too long together.
+    Sum,
     /// Too many calls wait for the rest of their request.
     Calls,
 }
@@ -39,7 +39,11 @@ impl fmt::Display for Excess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bytes => write!(f, "a call with more than {CALL_MAX} bytes"),
-            Self::Calls => write!(f, "more than {UNFINISHED_MAX} calls without their end"),
+            Self::Sum => write!(
+                f,
+                "more than {UNFINISHED_MAX} bytes in calls without their end"
+            ),
+            Self::Calls => write!(f, "more than {STREAMS_MAX} calls without their end"),
         }
     }
 }
@@ -55,6 +59,8 @@ pub(super) struct Allowance {
     skip: usize,
     /// The bytes of DATA of each call whose end has not come.
     unfinished: BTreeMap<u32, usize>,
+    /// Their sum.
+    held: usize,
 }
 
 impl Allowance {
@@ -66,6 +72,7 @@ impl Allowance {
             have: 0,
             skip: PREFACE,
             unfinished: BTreeMap::new(),
+            held: 0,
         }
     }
 
@@ -107,19 +114,21 @@ impl Allowance {
             TYPE_DATA => {
                 let sent = self.unfinished.entry(id).or_default();
                 *sent += self.skip;
+                self.held += self.skip;
                 if *sent > CALL_MAX {
                     return Err(Excess::Bytes);
                 }
+                if self.held > UNFINISHED_MAX {
+                    return Err(Excess::Sum);
+                }
             }
-            TYPE_RST_STREAM => {
-                self.unfinished.remove(&id);
-            }
+            TYPE_RST_STREAM => {}
             _ => return Ok(()),
         }
-        if kind != TYPE_RST_STREAM && flags & FLAG_END_STREAM != 0 {
-            self.unfinished.remove(&id);
+        if kind == TYPE_RST_STREAM || flags & FLAG_END_STREAM != 0 {
+            self.held -= self.unfinished.remove(&id).unwrap_or_default();
         }
-        if self.unfinished.len() > UNFINISHED_MAX {
+        if self.unfinished.len() > STREAMS_MAX {
             return Err(Excess::Calls);
         }
         Ok(())
@@ -174,8 +183,25 @@ mod tests {
     }
 
     #[test]
+    fn all_unfinished_calls_are_bounded_together() {
+        let piece = UNFINISHED_MAX / 4;
+        let begun = |id| call(id, &[piece]);
+        let full = [begun(1), begun(3), begun(5), begun(7)].concat();
+        assert_eq!(scan(&full), Ok(()));
+        assert_eq!(
+            scan(&[full.clone(), call(9, &[1])].concat()),
+            Err(Excess::Sum)
+        );
+        for end in [frame(TYPE_DATA, END, 3, 0), frame(TYPE_RST_STREAM, 0, 3, 4)] {
+            let freed = [full.clone(), vec![end], begun(9)].concat();
+            assert_eq!(scan(&freed), Ok(()));
+            assert_eq!(scan(&[freed, call(11, &[1])].concat()), Err(Excess::Sum));
+        }
+    }
+
+    #[test]
     fn unfinished_calls_are_bounded() {
-        let ids = || (0..=u32::try_from(UNFINISHED_MAX).unwrap()).map(|n| 2 * n + 1);
+        let ids = || (0..=u32::try_from(STREAMS_MAX).unwrap()).map(|n| 2 * n + 1);
         let open: Vec<_> = ids().map(|id| frame(TYPE_HEADERS, 4, id, 60)).collect();
         assert_eq!(scan(&open), Err(Excess::Calls));
         assert_eq!(scan(&open[1..]), Ok(()));

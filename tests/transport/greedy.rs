@@ -194,7 +194,10 @@ fn stays(calls: u32, length: u32, left: i64) -> bool {
 fn a_greedy_peer_starves_nobody() {
     let most = u32::try_from(REQUEST_MAX).unwrap();
     // As much as it may, in calls that do not end.
-    assert!(stays(256, most, i64::from(most) - 1));
+    assert!(stays(3, most, i64::from(most) - 1));
+    assert!(stays(256, most, 16_000));
+    // More than that, though no call is too long.
+    assert!(!stays(256, most, i64::from(most) - 1));
     // Calls that are answered, and go on.
     stays(256, 10, 1 << 24);
     // Messages that will be refused, in as many calls, and in one.

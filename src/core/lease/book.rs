@@ -299,7 +299,8 @@ impl<E: Clone + Display> LeaseBook<E> {
                 } else {
                     RELEASE_PAUSE
                 };
-                slot.retry_at = Some(now + pause);
+                // Who waits for the address need not wait for the release's pause.
+                slot.retry_at = (!connection.is_allocating).then_some(now + pause);
                 if !matches!(failure, Failure::Unsent(_)) {
                     slot.held = Held::Unclear;
                 }

@@ -221,7 +221,10 @@ fn an_acquire_waits_for_the_end_of_a_release_in_flight() {
     // The outcome of this one stays unknown: what IPAM answers then may be
     // taken away by the Release yet, so it is asked once more.
     sim.release("a-dst", Err(lost()));
-    sim.pass(secs(2));
+    assert_eq!(
+        sim.in_flight(),
+        ["Allocate a-src (IPv4)", "Allocate a-dst (IPv4)"]
+    );
     sim.grant();
     assert_eq!(sim.src(2), "172.16.0.2/24");
     sim.pass(secs(10));
