@@ -172,10 +172,14 @@ async fn finish<Resp: Unpin>(
         return Err(RpcError::Cancelled);
     }
     let headers = headers?;
+    // Nothing is left to be cancelled: gRPC reports headers, message and status
+    // of a unary call together, when all of them are there.
     let message = receiver.message().await?;
     Ok(Reply { message, headers })
 }
 
+/// The headers, which come with the message at the end of the call; `None` when
+/// the flag is raised before.
 async fn poll_until_raised<Resp>(
     receiver: &mut ClientUnaryReceiver<Resp>,
     flag: &Flag,
