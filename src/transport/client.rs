@@ -134,7 +134,6 @@ impl Connector {
     ) -> std::io::Result<Self> {
         let state = Watch::new(ConnectorState::Connecting { last_error: None });
         let current = Watch::new(None);
-        let wake = Arc::new(WakeFd::new()?);
         let (stopper, ended) = stop_pair();
         let name = format!("conn-{}", options.name);
         let manager = Manager::new(
@@ -145,8 +144,8 @@ impl Connector {
             resolve,
             state.clone(),
             current.clone(),
-            Arc::clone(&wake),
         )?;
+        let wake = Arc::clone(manager.wake());
         // Large, since the C library resolves names on it.
         let thread = threads.spawn(&name, STACK_LARGE, move |stop| manager.run(&stop))?;
         let running = Mutex::new(Some(Running {

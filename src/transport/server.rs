@@ -218,12 +218,12 @@ mod tests {
 
     use super::*;
 
-    /// A thread that does not end until `held` does.
+    /// A thread that does not end until `held` does, or the test has failed.
     fn deaf(name: &str, held: &Receiver<()>) -> ThreadHandle {
         let held = held.clone();
         Threads::unsupervised()
             .spawn(name, STACK_LARGE, move |_| {
-                let _ = held.recv();
+                let _ = held.recv_timeout(Duration::from_secs(20));
             })
             .unwrap()
     }
@@ -240,12 +240,14 @@ mod tests {
             };
             // The acceptor's share of it, which a deaf one keeps.
             let relay = Arc::clone(&server.relay);
+            let begun = clock::now();
             if is_dropped {
                 drop(server);
             } else {
                 assert_eq!(server.stop(clock::now()), ["deaf-accept", "deaf-relay"]);
             }
             drop(relay);
+            assert!(begun.elapsed() < Duration::from_secs(15));
             drop(release);
         }
     }

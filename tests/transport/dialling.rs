@@ -112,7 +112,7 @@ fn connections_are_closed_at_the_same_time() {
     let limit = Duration::from_secs(5);
     let deaf = connect(&rig, "deaf", limit, rig.client_cell(), move || {
         let _ = tx.try_send(());
-        let _ = held.recv();
+        let _ = held.recv_timeout(Duration::from_secs(20));
         nothing()
     });
     let others = ["one", "two"].map(|name| connect(&rig, name, limit, rig.client_cell(), nothing));
