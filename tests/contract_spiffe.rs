@@ -446,11 +446,31 @@ fn a_broken_stream_or_agent_is_survived() {
     let mut rig = Rig::start(|_| {});
     rig.generation(1);
     rig.agent.drop_streams();
-    rig.generation(2);
+    until(rig.agent.calls(), |&calls| calls >= 2);
+    rig.agent.rotate();
+    assert_eq!(rig.generation(2).generation, 2);
     rig.agent.stop();
     assert_eq!(rig.cell.get().unwrap().generation, 2);
     rig.agent.restart();
-    rig.generation(3);
+    until(rig.agent.calls(), |&calls| calls >= 3);
+    rig.agent.rotate();
+    assert_eq!(rig.generation(3).generation, 3);
+    rig.stop();
+}
+
+/// Each replacement has all connections made anew.
+#[test]
+fn what_was_said_already_replaces_nothing() {
+    let rig = Rig::start(|agent| agent.set_federated(&[&Pki::new("friend")]));
+    let (first, said) = (rig.generation(1), rig.agent.current());
+    rig.agent.push(said.clone());
+    // The same SVID with other bundles is something else.
+    let mut alone = said;
+    alone.federated_bundles.clear();
+    rig.agent.push(alone);
+    let second = rig.generation(2);
+    assert_eq!(second.bundles.0.len(), 1, "the second is the first again");
+    assert!(first.svid.chain == second.svid.chain);
     rig.stop();
 }
 

@@ -27,7 +27,7 @@ use crate::rpc::env::Rpc;
 use crate::spiffe::SvidCell;
 use crate::spiffe::workload::{self, WorkloadAddress};
 use crate::sync::thread::{Joined, ThreadHandle, Threads};
-use crate::transport::client::{Address, Connector, ConnectorOptions};
+use crate::transport::client::{self, Connector, ConnectorOptions};
 
 /// Where the exec probes of the deployment ask (Meridio pkg/health/const.go).
 const HEALTH_SOCKET: &str = "/tmp/health.sock";
@@ -160,7 +160,7 @@ impl Parts {
         threads: &Threads,
         options: ConnectorOptions,
     ) -> Result<Connector, Cause> {
-        let (name, address) = (options.name, address(&options.address));
+        let (name, address) = (options.name, options.address.to_string());
         let connector = Connector::start(threads, &self.rpc, self.svid.clone(), options)
             .map_err(failed("a connection"))?;
         info!(service = name, address; "Connecting");
@@ -302,13 +302,16 @@ impl Parts {
     }
 
     fn stop_transport(&mut self, deadline: Instant) -> Vec<String> {
-        for connector in self.connectors.drain(..) {
-            connector.close(deadline);
+        if let Some(watch) = &mut self.svid_watch {
+            watch.stop();
         }
+        let mut late = client::close_all(&self.connectors, deadline);
+        self.connectors.clear();
         if let Some(server) = self.health_server.take() {
             server.stop();
         }
-        join([self.svid_watch.take()], deadline)
+        late.extend(join([self.svid_watch.take()], deadline));
+        late
     }
 }
 
@@ -329,11 +332,4 @@ fn join<const N: usize>(threads: [Option<ThreadHandle>; N], deadline: Instant) -
         }
     }
     late
-}
-
-fn address(address: &Address) -> String {
-    match address {
-        Address::Unix(path) => format!("unix://{}", path.display()),
-        Address::Tcp { host, port } => format!("{host}:{port}"),
-    }
 }

@@ -7,13 +7,14 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::feed::Publisher;
+use super::monitor::Told;
 use super::path::PeerToken;
 use super::reply::Reply;
 use super::session::Session;
 use crate::core::ids::SegmentId;
 use crate::core::lease::Addresses;
 use crate::ipam::IpamError;
-use crate::proto::connection::{Connection, ConnectionEvent, MonitorScopeSelector};
+use crate::proto::connection::{Connection, MonitorScopeSelector};
 use crate::proto::health::HealthCheckResponse;
 use crate::proto::networkservice::NetworkServiceRequest;
 
@@ -24,7 +25,7 @@ pub enum Job {
     /// A peer closes a connection.
     Close(Connection, Call, Reply<()>),
     /// A peer monitors connections.
-    Monitor(MonitorScopeSelector, Publisher<ConnectionEvent>),
+    Monitor(MonitorScopeSelector, Publisher<Told>),
     /// A peer follows the endpoint's health; it was told, and is kept until
     /// the endpoint ends.
     Health(Publisher<HealthCheckResponse>),

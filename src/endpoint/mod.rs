@@ -215,13 +215,14 @@ impl Endpoint {
         // `nse` first: it gives the answers and ends the streams that the
         // server would otherwise wait for.
         let mut names = late(&mut self.nse, deadline);
-        stop_server(self.server, &self.socket, deadline);
+        let of_server = stop_server(self.server, &self.socket, deadline);
         names.extend(late(&mut self.register, deadline + LEAVE_GRACE));
         for handle in [self.nse, self.register] {
             if names.iter().any(|name| name == handle.name()) {
                 handle.abandon();
             }
         }
+        names.extend(of_server);
         names
     }
 }
@@ -234,8 +235,8 @@ fn late(handle: &mut ThreadHandle, deadline: Instant) -> Vec<String> {
     }
 }
 
-fn stop_server(server: TlsServer, socket: &Path, deadline: Instant) {
-    server.stop(deadline);
+fn stop_server(server: TlsServer, socket: &Path, deadline: Instant) -> Vec<String> {
+    let late = server.stop(deadline);
     if let Some(directory) = socket.parent()
         && let Err(error) = std::fs::remove_dir(directory)
     {
@@ -244,6 +245,7 @@ fn stop_server(server: TlsServer, socket: &Path, deadline: Instant) {
             directory.display()
         );
     }
+    late
 }
 
 fn registrar(

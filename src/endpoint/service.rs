@@ -17,10 +17,11 @@ use super::jobs::{Call, Job, JobQueue};
 use super::path::PeerToken;
 use super::reply::{Awaited, Permits, reply};
 use super::session::TlsSession;
-use crate::proto::connection::{Connection, ConnectionEvent, MonitorScopeSelector};
+use crate::proto::connection::{Connection, MonitorScopeSelector};
 use crate::proto::health::health_check_response::ServingStatus;
 use crate::proto::health::{HealthCheckRequest, HealthCheckResponse};
 use crate::proto::networkservice::NetworkServiceRequest;
+use crate::rpc::encoded::{Encoded, encoded};
 use crate::rpc::method;
 use crate::rpc::status::{Code, RpcError};
 use crate::transport::server::PeerTable;
@@ -65,9 +66,12 @@ pub fn services(handlers: &Handlers) -> Vec<Service> {
         })
         .build();
     let monitor_connection = ServiceBuilder::new()
-        .add_server_streaming_handler(&method::MONITOR_CONNECTIONS, move |ctx, req, sink| {
-            monitor.monitor(&ctx, req, sink);
-        })
+        .add_server_streaming_handler(
+            &encoded(&method::MONITOR_CONNECTIONS),
+            move |ctx, req, sink| {
+                monitor.monitor(&ctx, req, sink);
+            },
+        )
         .build();
     let health = ServiceBuilder::new()
         .add_unary_handler(&method::HEALTH_CHECK, |ctx, req, sink| {
@@ -118,7 +122,7 @@ impl Handlers {
         &self,
         ctx: &RpcContext<'_>,
         selector: MonitorScopeSelector,
-        sink: ServerStreamingSink<ConnectionEvent>,
+        sink: ServerStreamingSink<Encoded>,
     ) {
         let (publisher, outlet) = feed();
         self.queue.push(Job::Monitor(selector, publisher));

@@ -11,6 +11,7 @@ use std::time::Duration;
 use crossbeam_channel::select;
 use grpcio::Channel;
 use log::{debug, error, info, warn};
+use openssl::x509::X509;
 
 use super::error::IdentityError;
 use super::svid::{Bundles, SpiffeId, Svid, TrustDomain};
@@ -151,10 +152,16 @@ fn watch(
     }
 }
 
-/// Puts what a message says into the cell. Only this thread writes it.
+/// Puts what a message says into the cell, if it is new: an agent says the same
+/// again when it was restarted, and another identity has all connections made
+/// anew. Only this thread writes the cell.
 fn take(response: &X509SVIDResponse, cell: &SvidCell) {
-    let generation = cell.get().map_or(0, |identity| identity.generation) + 1;
+    let present = cell.get();
+    let generation = present.as_ref().map_or(0, |identity| identity.generation) + 1;
     match identity(response, generation) {
+        Ok(identity) if present.is_some_and(|present| says_the_same(&present, &identity)) => {
+            debug!(id = identity.svid.id.as_str(); "the present SVID was sent again");
+        }
         Ok(identity) => {
             let left = identity.svid.not_after.duration_since(clock::wall());
             let id = identity.svid.id.as_str();
@@ -169,6 +176,19 @@ fn take(response: &X509SVIDResponse, cell: &SvidCell) {
         }
         Err(error) => error!("Workload API: update dropped, the old one stays: {error}"),
     }
+}
+
+fn says_the_same(one: &Identity, other: &Identity) -> bool {
+    let authorities = |one: &[X509], other: &[X509]| {
+        one.len() == other.len() && one.iter().all(|authority| other.contains(authority))
+    };
+    let (trusts, trusted) = (&one.bundles.0, &other.bundles.0);
+    one.svid.chain == other.svid.chain
+        && one.svid.key.public_eq(&other.svid.key)
+        && trusts.len() == trusted.len()
+        && trusts.iter().all(|(domain, bundle)| {
+            (trusted.get(domain)).is_some_and(|others| authorities(bundle, others))
+        })
 }
 
 /// Reads a message: the first SVID is the identity; all of them must be good.

@@ -17,12 +17,13 @@ pub use super::dial::Resolve;
 use super::error::ConnectError;
 use super::link::LinkHandle;
 use super::manager::Manager;
+use super::relay::end_by;
 use crate::rpc::env::Rpc;
 use crate::spiffe::{Identity, PeerIdentity, SvidCell};
 use crate::sync::clock;
 use crate::sync::poll::WakeFd;
 use crate::sync::stop::{Stop, Stopper, stop_pair};
-use crate::sync::thread::{Joined, STACK_LARGE, ThreadHandle, Threads};
+use crate::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
 use crate::sync::watch::Watch;
 
 /// Where a peer listens.
@@ -99,7 +100,7 @@ struct Shared {
 struct Running {
     /// INVARIANT: dropped, or stopped, before `wake` is given.
     thread: ThreadHandle,
-    _ended: Stopper,
+    ended: Option<Stopper>,
     wake: Arc<WakeFd>,
 }
 
@@ -133,7 +134,6 @@ impl Connector {
     ) -> std::io::Result<Self> {
         let state = Watch::new(ConnectorState::Connecting { last_error: None });
         let current = Watch::new(None);
-        let wake = Arc::new(WakeFd::new()?);
         let (stopper, ended) = stop_pair();
         let name = format!("conn-{}", options.name);
         let manager = Manager::new(
@@ -144,13 +144,13 @@ impl Connector {
             resolve,
             state.clone(),
             current.clone(),
-            Arc::clone(&wake),
         )?;
+        let wake = Arc::clone(manager.wake());
         // Large, since the C library resolves names on it.
         let thread = threads.spawn(&name, STACK_LARGE, move |stop| manager.run(&stop))?;
         let running = Mutex::new(Some(Running {
             thread,
-            _ended: stopper,
+            ended: Some(stopper),
             wake,
         }));
         Ok(Self {
@@ -229,19 +229,35 @@ impl Connector {
     }
 
     /// Ends the connection and the manager thread; later calls of `acquire`
-    /// fail with `Stopped`.
-    pub fn close(&self, deadline: Instant) {
-        let Some(mut running) = self.shared.running.lock().take() else {
-            return;
-        };
-        running.thread.stop();
-        running.wake.wake();
-        if running.thread.join_by(deadline) == Joined::StillRunning {
+    /// fail with `Stopped`. The thread's name when it did not end by `deadline`;
+    /// it is left alone then.
+    pub fn close(&self, deadline: Instant) -> Option<String> {
+        self.stop();
+        let running = self.shared.running.lock().take()?;
+        let late = end_by(running.thread, deadline);
+        if let Some(thread) = &late {
             // Resolving a name is the one thing that cannot be broken off.
-            warn!(thread = running.thread.name(); "connection manager did not end in time");
-            running.thread.abandon();
+            warn!(thread = thread.as_str(); "connection manager did not end in time");
+        }
+        late
+    }
+
+    /// Tells the manager thread to stop, without waiting.
+    fn stop(&self) {
+        if let Some(running) = self.shared.running.lock().as_mut() {
+            running.ended = None;
+            running.thread.stop();
+            running.wake.wake();
         }
     }
+}
+
+/// Closes all of them at the same time. Returns the names of the threads that
+/// did not end by `deadline`.
+pub fn close_all(connectors: &[Connector], deadline: Instant) -> Vec<String> {
+    connectors.iter().for_each(Connector::stop);
+    let late = connectors.iter().map(|one| one.close(deadline));
+    late.flatten().collect()
 }
 
 impl Drop for Shared {

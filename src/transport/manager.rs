@@ -80,7 +80,6 @@ impl Manager {
         resolve: Arc<Resolve>,
         state: Watch<ConnectorState>,
         published: Watch<Option<Arc<Connection>>>,
-        wake: Arc<WakeFd>,
     ) -> io::Result<Self> {
         let relay = Relay::start(threads, &format!("tls-{}", options.name))?;
         Ok(Self {
@@ -90,7 +89,7 @@ impl Manager {
             resolve,
             state,
             published,
-            wake,
+            wake: Arc::new(WakeFd::new()?),
             relay,
             contexts: Contexts::new(Role::Client),
             current: None,
@@ -101,6 +100,11 @@ impl Manager {
             failures_said: Said::default(),
             slow_said: false,
         })
+    }
+
+    /// Given after the thread was told to stop.
+    pub(super) fn wake(&self) -> &Arc<WakeFd> {
+        &self.wake
     }
 
     pub(super) fn run(mut self, stop: &Stop) {

@@ -22,7 +22,8 @@ const STOP_LINGER: Duration = Duration::from_millis(250);
 pub(super) struct Relay {
     inbox: Arc<Mutex<Vec<Link>>>,
     wake: Arc<WakeFd>,
-    thread: ThreadHandle,
+    /// `None` when it was stopped.
+    thread: Mutex<Option<ThreadHandle>>,
 }
 
 impl Relay {
@@ -37,8 +38,18 @@ impl Relay {
         Ok(Self {
             inbox,
             wake,
-            thread,
+            thread: Mutex::new(Some(thread)),
         })
+    }
+
+    /// With a stand-in for the thread.
+    #[cfg(test)]
+    pub(super) fn of_thread(thread: ThreadHandle) -> Self {
+        Self {
+            inbox: Arc::default(),
+            wake: Arc::new(WakeFd::new().unwrap()),
+            thread: Mutex::new(Some(thread)),
+        }
     }
 
     /// What links of this relay wake it with.
@@ -52,19 +63,34 @@ impl Relay {
         self.wake.wake();
     }
 
-    /// Ends all connections and the thread.
-    pub(super) fn stop_by(&mut self, deadline: Instant) -> Joined {
-        self.thread.stop();
+    /// Ends all connections and the thread. The thread's name when it did not
+    /// end by `deadline`; it is left alone then.
+    pub(super) fn stop_by(&self, deadline: Instant) -> Option<String> {
+        let mut thread = self.thread.lock().take()?;
+        thread.stop();
         self.wake.wake();
-        self.thread.join_by(deadline)
+        end_by(thread, deadline)
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.thread.stop();
-        self.wake.wake();
+        if let Some(thread) = self.thread.get_mut() {
+            thread.stop();
+            self.wake.wake();
+        }
     }
+}
+
+/// Waits for a thread that was told to stop. Its name when it did not end by
+/// `deadline`; nobody waits for it any more then.
+pub(super) fn end_by(mut thread: ThreadHandle, deadline: Instant) -> Option<String> {
+    if thread.join_by(deadline) == Joined::Yes {
+        return None;
+    }
+    let name = thread.name().to_owned();
+    thread.abandon();
+    Some(name)
 }
 
 fn run(inbox: &Mutex<Vec<Link>>, wake: &WakeFd, stop: &Stop) {

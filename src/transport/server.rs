@@ -15,13 +15,13 @@ use super::accept::Acceptor;
 use super::error::ServerError;
 use super::link::LinkHandle;
 use super::listener::Listener;
-use super::relay::Relay;
+use super::relay::{Relay, end_by};
 use crate::rpc::env::Rpc;
 use crate::rpc::server::shut_down;
 use crate::spiffe::{Identity, PeerIdentity, SvidCell};
 use crate::sync::clock;
 use crate::sync::poll::WakeFd;
-use crate::sync::thread::{Joined, STACK_LARGE, ThreadHandle, Threads};
+use crate::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
 
 /// How long threads may take to end after all calls have.
 const THREAD_LIMIT: Duration = Duration::from_millis(500);
@@ -91,7 +91,8 @@ impl PeerTable {
 /// A listening mTLS server, with the threads `tls-accept` and `relay-in`,
 /// however many connections there are.
 pub struct TlsServer {
-    accept: ThreadHandle,
+    /// `None` when it was stopped.
+    accept: Option<ThreadHandle>,
     wake: Arc<WakeFd>,
     server: Arc<Mutex<Option<Server>>>,
     relay: Arc<Relay>,
@@ -169,7 +170,7 @@ impl TlsServer {
             .spawn("tls-accept", STACK_LARGE, move |stop| acceptor.run(&stop))
             .map_err(|error| failed("accepting", &error))?;
         Ok(Self {
-            accept,
+            accept: Some(accept),
             wake,
             server,
             relay,
@@ -177,37 +178,77 @@ impl TlsServer {
     }
 
     /// Stops accepting, lets running calls end until `deadline`, then cancels
-    /// them, ends all connections, and removes the socket.
-    pub fn stop(mut self, deadline: Instant) {
-        self.accept.stop();
+    /// them, ends all connections, and removes the socket. Returns the names of
+    /// threads that did not end in time; they are left alone.
+    pub fn stop(mut self, deadline: Instant) -> Vec<String> {
+        self.end(deadline)
+    }
+
+    fn end(&mut self, deadline: Instant) -> Vec<String> {
+        let Some(mut accept) = self.accept.take() else {
+            return Vec::new();
+        };
+        accept.stop();
         self.wake.wake();
-        if self.accept.join_within(THREAD_LIMIT) == Joined::StillRunning {
-            warn!("tls-accept did not end within {THREAD_LIMIT:?}");
-        }
+        let accept = end_by(accept, clock::now() + THREAD_LIMIT);
         let server = self.server.lock().take();
         if let Some(server) = server
             && !shut_down(server, deadline)
         {
             warn!("calls of peers were cancelled at the end of the server");
         }
-        // With the acceptor gone this is the last reference.
-        if let Some(relay) = Arc::get_mut(&mut self.relay)
-            && relay.stop_by(clock::now() + THREAD_LIMIT) == Joined::StillRunning
-        {
-            warn!("relay-in did not end within {THREAD_LIMIT:?}");
-        }
+        let relay = self.relay.stop_by(clock::now() + THREAD_LIMIT);
+        accept.into_iter().chain(relay).collect()
     }
 }
 
 impl Drop for TlsServer {
     /// [`TlsServer::stop`] without time for running calls, if it was not called.
     fn drop(&mut self) {
-        self.accept.stop();
-        self.wake.wake();
-        let _ = self.accept.join_within(THREAD_LIMIT);
-        let server = self.server.lock().take();
-        if let Some(server) = server {
-            shut_down(server, clock::now());
+        let late = self.end(clock::now());
+        if !late.is_empty() {
+            warn!("{} did not end within {THREAD_LIMIT:?}", late.join(", "));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::{Receiver, bounded};
+
+    use super::*;
+
+    /// A thread that does not end until `held` does, or the test has failed.
+    fn deaf(name: &str, held: &Receiver<()>) -> ThreadHandle {
+        let held = held.clone();
+        Threads::unsupervised()
+            .spawn(name, STACK_LARGE, move |_| {
+                let _ = held.recv_timeout(Duration::from_secs(20));
+            })
+            .unwrap()
+    }
+
+    #[test]
+    fn threads_that_do_not_end_are_named_and_not_waited_for() {
+        for is_dropped in [false, true] {
+            let (release, held) = bounded(0);
+            let server = TlsServer {
+                accept: Some(deaf("deaf-accept", &held)),
+                wake: Arc::new(WakeFd::new().unwrap()),
+                server: Arc::new(Mutex::new(None)),
+                relay: Arc::new(Relay::of_thread(deaf("deaf-relay", &held))),
+            };
+            // The acceptor's share of it, which a deaf one keeps.
+            let relay = Arc::clone(&server.relay);
+            let begun = clock::now();
+            if is_dropped {
+                drop(server);
+            } else {
+                assert_eq!(server.stop(clock::now()), ["deaf-accept", "deaf-relay"]);
+            }
+            drop(relay);
+            assert!(begun.elapsed() < Duration::from_secs(15));
+            drop(release);
         }
     }
 }

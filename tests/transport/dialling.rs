@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use crossbeam_channel::bounded;
 use meridio_proxy::spiffe::SvidCell;
+use meridio_proxy::sync::clock;
 use meridio_proxy::sync::stop::stop_pair;
 use meridio_proxy::transport::client::{
-    Address, Connector, ConnectorOptions, ConnectorState, Resolve,
+    Address, Connector, ConnectorOptions, ConnectorState, Resolve, close_all,
 };
 
 use crate::lines;
@@ -99,4 +100,27 @@ fn each_reason_is_said_once_though_the_old_connection_is_good() {
     let said = lines::of("turns");
     assert_eq!(said.len(), 2, "{said:#?}");
     assert!(said[0].contains("127.0.0.2:1") && said[1].contains("127.0.0.3:1"));
+}
+
+/// One that cannot be stopped leaves no less time to the others.
+#[test]
+fn connections_are_closed_at_the_same_time() {
+    let rig = Rig::new();
+    let (release, held) = bounded::<()>(0);
+    let (tx, resolving) = bounded(100);
+    let nothing = || Err(io::Error::other("no such name"));
+    let limit = Duration::from_secs(5);
+    let deaf = connect(&rig, "deaf", limit, rig.client_cell(), move || {
+        let _ = tx.try_send(());
+        let _ = held.recv_timeout(Duration::from_secs(20));
+        nothing()
+    });
+    let others = ["one", "two"].map(|name| connect(&rig, name, limit, rig.client_cell(), nothing));
+    resolving.recv_deadline(soon()).unwrap();
+    let [one, two] = others;
+    let begun = clock::now();
+    let late = close_all(&[deaf, one, two], begun + Duration::from_secs(1));
+    assert_eq!(late, ["conn-deaf"]);
+    assert!(begun.elapsed() < Duration::from_secs(3));
+    drop(release);
 }

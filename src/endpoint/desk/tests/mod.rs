@@ -13,8 +13,9 @@ use crossbeam_channel::{Receiver, bounded};
 use parking_lot::Mutex;
 
 use super::super::authorize::tests::Plain;
-use super::super::feed::tests::drain;
 use super::super::feed::{Outlet, feed};
+use super::super::monitor::Told;
+use super::super::monitor::tests::events;
 use super::super::path::PeerToken;
 use super::super::random::tests::Counting;
 use super::super::reply::tests::answered;
@@ -194,7 +195,7 @@ impl Bench {
         answered(&mut awaited).unwrap().unwrap()
     }
 
-    fn monitor(&mut self) -> Outlet<ConnectionEvent> {
+    fn monitor(&mut self) -> Outlet<Told> {
         let (publisher, outlet) = feed();
         let job = Job::Monitor(MonitorScopeSelector::default(), publisher);
         self.desk.handle(job, self.now);
@@ -230,10 +231,10 @@ fn code(awaited: &mut Awaited<Connection>) -> Code {
     answered(awaited).unwrap().unwrap_err().code().unwrap()
 }
 
-fn kinds(outlet: &Outlet<ConnectionEvent>) -> Vec<(ConnectionEventType, usize)> {
+fn kinds(outlet: &Outlet<Told>) -> Vec<(ConnectionEventType, usize)> {
     let kind = |event: ConnectionEvent| {
         let count = event.connections.len();
         (event.type_.enum_value().unwrap(), count)
     };
-    drain(outlet).0.into_iter().map(kind).collect()
+    events(outlet).0.into_iter().map(kind).collect()
 }

@@ -245,7 +245,7 @@ fn what_is_unanswered_at_the_end_is_unavailable() {
     for awaited in [&mut waits, &mut behind, &mut late, &mut too_late] {
         assert_eq!(code(awaited), Code::UNAVAILABLE);
     }
-    assert!(drain(&outlet).1);
+    assert!(events(&outlet).1);
     assert_eq!(ipam.0.lock().log, ["acquire t1"], "leases stay");
     assert!(net.try_iter().next().is_none(), "ports stay");
 }
