@@ -136,7 +136,7 @@ fn a_stream_of_the_workload_api_that_comes_back_warns_of_nothing() {
     while lab.agent.calls().get() == calls {
         changes.recv_timeout(LIMIT).unwrap();
     }
-    wait(lab.daemon().unwrap(), since, "new SVID");
+    wait(lab.daemon().unwrap(), since, "SVID was sent again");
     let found = troubles(lab.daemon().unwrap(), since);
     assert!(found.is_empty(), "{}", found.join("\n"));
     // One that stays away is told.

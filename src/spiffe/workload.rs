@@ -90,7 +90,7 @@ fn run(channel: &Channel, address: &WorkloadAddress, cell: &SvidCell, stop: &Sto
             // go-spiffe gives up here; a daemon without renewal would go on
             // until its certificate expires, and then fail everywhere.
             error!("Workload API at {target}: {ended}; next attempt in {pause:?}");
-        } else if was_told {
+        } else if was_told && is_routine(&ended) {
             // An agent ends its streams now and then, and when it restarts; the
             // next attempt tells whether anything is wrong.
             debug!("Workload API at {target}: {ended}; next attempt in {pause:?}");
@@ -108,6 +108,14 @@ fn is_refused_for_good(ended: &StreamError) -> bool {
         return false;
     };
     matches!(error.code(), Some(Code::CANCELLED | Code::INVALID_ARGUMENT))
+}
+
+/// What the end of an agent, or of its stream, looks like.
+fn is_routine(ended: &StreamError) -> bool {
+    match ended {
+        StreamError::Rpc(error) => matches!(error.code(), Some(Code::OK | Code::UNAVAILABLE)),
+        StreamError::Lagged => false,
+    }
 }
 
 fn pause(ended: &StreamError, failures: u32) -> Duration {
@@ -144,9 +152,8 @@ fn watch(
             }
             Ok(Item::Ended(Err(error))) => return Err(error),
             Ok(Item::Ended(Ok(()))) | Err(_) => {
-                return Err(StreamError::Rpc(RpcError::Library(
-                    "the agent ended the stream".to_owned(),
-                )));
+                let text = "the agent ended the stream";
+                return Err(StreamError::Rpc(RpcError::status(Code::OK, text)));
             }
         }
     }

@@ -107,8 +107,8 @@ fn bad_day(lab: &mut Topology, traffic: &Flows, peer: &Peer, fault: &Fault, cost
     assert!(traffic.run_for(ILL, LIMIT), "{what}");
     lab.recover(peer).unwrap();
     drop(attempt);
-    if *peer == Peer::Agent && !matches!(fault, Fault::Pause | Fault::Late(_)) {
-        // It asks again a second later, and the SVID that comes opens all streams anew:
+    if *peer == Peer::Agent && matches!(fault, Fault::Forget) {
+        // It asks again a second later, and the new SVID opens all streams anew:
         // a load balancer that left in between would not be missed.
         let asked = |line: &str| line.contains("new SVID");
         let again = |line: &str| line.contains("stream of LBs ended");
