@@ -43,7 +43,10 @@ func (t *traffic) add(vip, source string, flows int) error {
 	for range flows {
 		var conn net.Conn
 		err := in(t.client, func() error {
-			dialer := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(source)}}
+			dialer := net.Dialer{
+				LocalAddr: &net.UDPAddr{IP: net.ParseIP(source)},
+				Control:   func(_, _ string, raw syscall.RawConn) error { return raw.Control(roomy) },
+			}
 			var err error
 			conn, err = dialer.Dial("udp", net.JoinHostPort(vip, fmt.Sprint(trafficPort)))
 			return err
@@ -225,6 +228,7 @@ func echo(ns netns.NsHandle, vip, name string) (net.PacketConn, error) {
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var result error
 		err := raw.Control(func(fd uintptr) {
+			roomy(fd)
 			if net.ParseIP(vip).To4() != nil {
 				result = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
 			} else {
@@ -258,6 +262,17 @@ func echo(ns netns.NsHandle, vip, name string) (net.PacketConn, error) {
 		}
 	}()
 	return conn, nil
+}
+
+// room of a socket for packets that wait while this process does not run. What the
+// kernel drops for want of it would count as lost on the way.
+const room = 8 << 20
+
+// roomy gives a socket that room, or what may be had without privilege.
+func roomy(fd uintptr) {
+	if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room) != nil {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, room)
+	}
 }
 
 func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }
