@@ -125,7 +125,7 @@ fn bad_day(lab: &mut Topology, traffic: &Flows, peer: &Peer, fault: &Fault, cost
         Cost::Moves => assert_eq!(step.lost_steady, 0, "{what}: {step}"),
         Cost::Gap => {}
     }
-    serves_anew(lab, traffic, &target, &what);
+    serves_anew(lab, traffic, &target, &what, cost);
 }
 
 /// Connects a target, again and again as Meridio's TAPA does.
@@ -139,7 +139,7 @@ fn connect(lab: &mut Topology, target: &str) {
 }
 
 /// A load balancer and a target that are new carry flows, and go again.
-fn serves_anew(lab: &mut Topology, traffic: &Flows, target: &str, what: &str) {
+fn serves_anew(lab: &mut Topology, traffic: &Flows, target: &str, what: &str, cost: Cost) {
     let mark = traffic.mark();
     let lb = lab.add_lb().unwrap();
     for vip in lab.vips().to_vec() {
@@ -157,7 +157,11 @@ fn serves_anew(lab: &mut Topology, traffic: &Flows, target: &str, what: &str) {
     lab.remove_lb(&lb).unwrap();
     assert!(traffic.all_answered_since(traffic.mark(), LIMIT), "{what}");
     let step = traffic.step(mark);
-    assert_eq!(lost(lab, &step), 0, "{what}, afterwards: {step}");
+    // Pairs that a forwarder took with it are made anew when their clients notice,
+    // which may be during this.
+    if !matches!(cost, Cost::Gap) {
+        assert_eq!(lost(lab, &step), 0, "{what}, afterwards: {step}");
+    }
 }
 
 /// An LB's kernel goes on; the router keeps away from it.
