@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -21,6 +22,11 @@ import (
 // openFiles is how many more descriptors than at first the daemon may have:
 // single connections of gRPC come and go.
 const openFiles = 6
+
+// leased are addresses of IPAM's. An orderly stop of the daemon gives those of its
+// connections to load balancers back, and its successor asks for all at once, so
+// that they may get each other's: their number is compared, and whose they are.
+var leased = regexp.MustCompile(`(172\.16\.0\.|fd00::)[0-9a-f]+/[0-9]+`)
 
 // rest is what exists while nothing changes. With the same load balancers and
 // targets it is the same, whatever has happened in between.
@@ -46,6 +52,9 @@ func (l *lab) rest() (*rest, error) {
 			return nil, fmt.Errorf("%s: %w", pod, err)
 		}
 		now.links += links
+		if _, isLB := l.lbs[pod]; isLB {
+			text = leased.ReplaceAllString(text, "leased")
+		}
 		now.things["pod "+pod] = text
 	}
 	ask := func(part, what string) ([]string, error) {
@@ -63,6 +72,12 @@ func (l *lab) rest() (*rest, error) {
 		return nil, err
 	}
 	now.leases = len(leases)
+	for i, lease := range leases {
+		if child, _, _ := strings.Cut(lease, "="); strings.Contains(child, ".red-lb-") {
+			leases[i] = child
+		}
+	}
+	now.things["leases of services"] = strings.Join(leases, " ")
 	streams, err := ask("nsmgr", "streams")
 	if err != nil {
 		return nil, err
