@@ -34,7 +34,7 @@ fn more_peers_than_descriptors_take_nothing_from_the_probe_and_from_others() {
         &["descriptor", &SOFT.to_string(), &HARD.to_string()],
     );
     let daemon = lab.daemon().unwrap();
-    daemon.wait_health("Liveness", LIMIT).unwrap();
+    daemon.wait_health("NSMEndpoint", LIMIT).unwrap();
 
     let hop = Hop::new(
         lab.pki(),
