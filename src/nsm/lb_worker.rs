@@ -233,7 +233,8 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let stands = matches!(plan, Plan::Refresh(_) | Plan::Adopt(_));
         let request = self.template.request(plan, &addresses, &ifname);
         let deadline = clock::now() + self.shared.request_timeout;
-        let mut patience = Patience::until(stop).with(permit);
+        // nsmgr may be about to connect: one that is answered can be closed.
+        let mut patience = Patience::until(&self.shared.cut).or_stop(stop).with(permit);
         if !stands {
             patience = patience.or_news(&self.news);
         }
@@ -352,7 +353,10 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             {
                 info!(id = self.template.id; "Close is not waited for any longer: {error}");
             }
-            Err(error) => warn!(id = self.template.id; "Close failed: {error}"),
+            Err(error) => warn!(
+                id = self.template.id;
+                "Close failed: {error}; nsmgr and forwarder end what they still have of it when its tokens expire"
+            ),
         }
         self.session.closed(clock::now());
     }
@@ -377,7 +381,11 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         permit: Option<Permit>,
         stop: &Stop,
     ) -> Result<(), RpcError> {
-        let mut patience = Patience::until(stop).or_news(&self.news).with(permit);
+        let mut patience = Patience::until(&self.shared.cut)
+            .or_stop(stop)
+            .or_news(&self.news)
+            .of_close()
+            .with(permit);
         let netns = &self.shared.netns;
         let result = self
             .shared
