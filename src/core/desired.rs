@@ -51,7 +51,7 @@ pub struct Desired {
     pub forget: BTreeSet<IpAddr>,
     /// The routes to the LBs.
     pub routes: PerFamily<RouteIntent>,
-    /// Whether the family has the unreachable route behind them.
+    /// Whether the family has the blackhole route behind them.
     pub fallback: PerFamily<bool>,
     /// Sources whose packets go to the LBs; `None` is not told yet.
     pub vips: Option<BTreeSet<IpNetwork>>,

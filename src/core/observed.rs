@@ -48,8 +48,8 @@ pub enum RouteKind {
     /// Forwards to the hops, each with the interface's index, in the kernel's
     /// order.
     Via(Vec<(IpAddr, u32)>),
-    /// Answers "unreachable".
-    Unreachable,
+    /// Drops without an answer.
+    Blackhole,
     /// Something that we never make.
     Other,
 }
@@ -191,10 +191,10 @@ impl Observed {
             .any(|(_, local)| local.ip() == address)
     }
 
-    /// Whether the unreachable route is there.
+    /// Whether the blackhole route is there.
     #[must_use]
     pub fn has_fallback(&self, family: Family) -> bool {
-        self.routes.get(family).get(&FALLBACK_METRIC) == Some(&RouteKind::Unreachable)
+        self.routes.get(family).get(&FALLBACK_METRIC) == Some(&RouteKind::Blackhole)
     }
 
     /// Takes over what a successful operation changed.
@@ -218,10 +218,10 @@ impl Observed {
             KernelOp::NoOwnLinkLocal { .. }
             | KernelOp::ForgetNeighbour { .. }
             | KernelOp::AskNeighbour { .. } => {}
-            KernelOp::Unreachable { family } => {
+            KernelOp::Blackhole { family } => {
                 self.routes
                     .get_mut(*family)
-                    .insert(FALLBACK_METRIC, RouteKind::Unreachable);
+                    .insert(FALLBACK_METRIC, RouteKind::Blackhole);
             }
             KernelOp::ReplaceRoute {
                 family,

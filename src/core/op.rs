@@ -17,7 +17,7 @@ pub const TABLE: u8 = 1;
 /// Our id in FRA_PROTOCOL and RTA `rtm_protocol`; none of the named ones of
 /// linux/rtnetlink.h, where 4 is the last that the kernel itself cares for.
 pub const PROTOCOL: u8 = 77;
-/// Metric of the unreachable route: the worst there is.
+/// Metric of the blackhole route: the worst there is.
 pub const FALLBACK_METRIC: u32 = u32::MAX;
 
 /// Metric of the route to the LBs: what the kernel takes where none is given,
@@ -92,8 +92,11 @@ pub enum KernelOp {
         /// The neighbour.
         address: IpAddr,
     },
-    /// The unreachable default route of the worst metric.
-    Unreachable {
+    /// The blackhole default route of the worst metric. An unreachable one would
+    /// answer VIP traffic of IPv6 with ICMPv6 errors, which leave the pod by its
+    /// primary interface, since their destination, the VIP, is not looked up in
+    /// our table.
+    Blackhole {
         /// Its family.
         family: Family,
     },
@@ -189,9 +192,9 @@ impl fmt::Display for KernelOp {
                     of(*address)
                 )
             }
-            Self::Unreachable { family } => write!(
+            Self::Blackhole { family } => write!(
                 f,
-                "{} route replace unreachable default table {TABLE} metric {FALLBACK_METRIC} proto {PROTOCOL}",
+                "{} route replace blackhole default table {TABLE} metric {FALLBACK_METRIC} proto {PROTOCOL}",
                 ip(*family)
             ),
             Self::ReplaceRoute { family, hops, .. } => {

@@ -28,7 +28,7 @@ pub fn diff(observed: &Observed, desired: &Desired) -> Vec<KernelOp> {
     }
     for family in Family::ALL {
         if *desired.fallback.get(family) && !observed.has_fallback(family) {
-            ops.push(KernelOp::Unreachable { family });
+            ops.push(KernelOp::Blackhole { family });
         }
         if let Some(bridge) = bridge {
             replace_route(observed, desired, family, bridge, &mut ops);

@@ -61,7 +61,7 @@ impl OpError {
             | KernelOp::NoOwnLinkLocal { .. }
             | KernelOp::Attach { .. }
             | KernelOp::AskNeighbour { .. }
-            | KernelOp::Unreachable { .. }
+            | KernelOp::Blackhole { .. }
             | KernelOp::ReplaceRoute { .. }
             | KernelOp::AddRule { .. } => false,
         };

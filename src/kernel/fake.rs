@@ -123,7 +123,7 @@ fn place(op: &KernelOp) -> Option<(u32, i64)> {
         KernelOp::AddAddress { .. } => (1, 0),
         KernelOp::Attach { .. } => (2, 0),
         KernelOp::ForgetNeighbour { .. } | KernelOp::AskNeighbour { .. } => (3, 0),
-        KernelOp::Unreachable { .. } | KernelOp::ReplaceRoute { .. } => (4, 0),
+        KernelOp::Blackhole { .. } | KernelOp::ReplaceRoute { .. } => (4, 0),
         KernelOp::AddRule {
             source, priority, ..
         } => {
@@ -190,10 +190,10 @@ impl State {
             KernelOp::AskNeighbour { bridge, .. } => {
                 self.links.get(bridge).ok_or(libc::ENODEV)?;
             }
-            KernelOp::Unreachable { family } => {
+            KernelOp::Blackhole { family } => {
                 self.routes
                     .get_mut(*family)
-                    .insert(FALLBACK_METRIC, RouteKind::Unreachable);
+                    .insert(FALLBACK_METRIC, RouteKind::Blackhole);
             }
             KernelOp::ReplaceRoute {
                 family,

@@ -166,14 +166,14 @@ const ROUTES: [(Family, &str, [&str; 2], &str); 2] = [
         "-4",
         ["172.16.0.2", "172.16.0.3"],
         "default proto 77 nexthop via 172.16.0.2 dev bridge0 weight 1 nexthop via 172.16.0.3 \
-             dev bridge0 weight 1 unreachable default proto 77 metric 4294967295",
+             dev bridge0 weight 1 blackhole default proto 77 metric 4294967295",
     ),
     (
         Family::V6,
         "-6",
         ["fd00::2", "fd00::3"],
         "default proto 77 metric 1024 pref medium nexthop via fd00::2 dev bridge0 weight 1 \
-             nexthop via fd00::3 dev bridge0 weight 1 unreachable default dev lo proto 77 metric \
+             nexthop via fd00::3 dev bridge0 weight 1 blackhole default dev lo proto 77 metric \
              4294967295 pref medium",
     ),
 ];
@@ -192,8 +192,8 @@ fn routes_are_replaced_in_place_and_the_fallback_survives_their_deletion() {
             bridge,
             hops: hops.to_vec(),
         };
-        do_op(&mut netlink, KernelOp::Unreachable { family }).unwrap();
-        do_op(&mut netlink, KernelOp::Unreachable { family }).unwrap();
+        do_op(&mut netlink, KernelOp::Blackhole { family }).unwrap();
+        do_op(&mut netlink, KernelOp::Blackhole { family }).unwrap();
         do_op(&mut netlink, replace(&hops[..1])).unwrap();
         do_op(&mut netlink, replace(&hops)).unwrap();
         assert_eq!(table(flag), text);

@@ -24,8 +24,8 @@ use crate::harness::{
 mod adoption;
 mod link_local;
 
-const FALLBACK4: &str = "unreachable default proto 77 metric 4294967295";
-const FALLBACK6: &str = "unreachable default dev lo proto 77 metric 4294967295 pref medium";
+const FALLBACK4: &str = "blackhole default proto 77 metric 4294967295";
+const FALLBACK6: &str = "blackhole default dev lo proto 77 metric 4294967295 pref medium";
 
 /// The running kernel side, and what it said of egress.
 pub struct Daemon {

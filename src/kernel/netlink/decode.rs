@@ -237,7 +237,7 @@ pub fn route(payload: &[u8]) -> Option<(Family, u32, RouteKind)> {
     }
     let kind = match header.kind {
         RouteType::Unicast => RouteKind::Via(hops),
-        RouteType::Unreachable => RouteKind::Unreachable,
+        RouteType::BlackHole => RouteKind::Blackhole,
         _ => RouteKind::Other,
     };
     Some((family, metric, kind))

@@ -93,8 +93,8 @@ pub fn operation(op: &KernelOp, sequence: u32) -> Vec<u8> {
             let message = RouteNetlinkMessage::NewNeighbour(message);
             (message, NLM_F_CREATE | NLM_F_REPLACE)
         }
-        KernelOp::Unreachable { family } => {
-            let mut message = route(*family, RouteType::Unreachable);
+        KernelOp::Blackhole { family } => {
+            let mut message = route(*family, RouteType::BlackHole);
             message
                 .attributes
                 .push(RouteAttribute::Priority(FALLBACK_METRIC));
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn the_wish_for_an_acknowledgement_is_one_bit() {
-        let mut bytes = operation(&KernelOp::Unreachable { family: Family::V4 }, 1);
+        let mut bytes = operation(&KernelOp::Blackhole { family: Family::V4 }, 1);
         assert_eq!(bytes[6..8], [0x01, 0x05]);
         want_ack(&mut bytes);
         assert_eq!(bytes[6..8], [0x05, 0x05]);

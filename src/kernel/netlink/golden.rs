@@ -102,9 +102,9 @@ fn captured() -> [(KernelOp, usize, &'static str); 8] {
              1c000000 02000000 14000500 fd000000 00000000 00000000 00000007",
         ),
         (
-            KernelOp::Unreachable { family: Family::V4 },
+            KernelOp::Blackhole { family: Family::V4 },
             12,
-            "24000000 1800 0505 772a066b 00000000 02000000 014d0007 00000000 08000600 ffffffff",
+            "24000000 1800 0505 772a066b 00000000 02000000 014d0006 00000000 08000600 ffffffff",
         ),
         (
             KernelOp::DeleteRoute {

@@ -70,6 +70,25 @@ fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
     assert!(is_port("nsm-x"));
 }
 
+/// Earlier versions answered VIP traffic that has no LB.
+#[test]
+fn a_predecessor_s_unreachable_route_becomes_a_blackhole_in_place() {
+    enter_netns();
+    ip("link add bridge0 up type bridge");
+    for family in ["-4", "-6"] {
+        let fallback = "unreachable default table 1 metric 4294967295 proto 77";
+        ip(&format!("{family} route add {fallback}"));
+    }
+    let daemon = Daemon::with_addresses();
+    eventually("one fallback, and no other route", || {
+        let seen = (table("-4"), table("-6"));
+        (seen.0 == FALLBACK4 && seen.1 == FALLBACK6)
+            .then_some(())
+            .ok_or(seen)
+    });
+    daemon.stop();
+}
+
 #[test]
 fn a_predecessor_s_hop_that_does_not_answer_goes_first_and_one_untold_later() {
     enter_netns();

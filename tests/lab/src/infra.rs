@@ -49,8 +49,8 @@ impl Infra {
                 counter leaked { }
                 chain prerouting {
                     type filter hook prerouting priority raw; policy accept;
-                    iifname \"pod\" ip saddr != { 10.97.0.2, 172.16.0.1 } counter name leaked
-                    iifname \"pod\" ip6 saddr != { fd97::2, fd00::1, fe80::/10, :: } counter name leaked
+                    iifname \"pod\" ip saddr != 10.97.0.2 counter name leaked
+                    iifname \"pod\" ip6 saddr != { fd97::2, fe80::/10, :: } counter name leaked
                 }
             }",
         )?;
@@ -69,9 +69,7 @@ impl Infra {
         self.netns.try_run(|| TcpListener::bind(any))
     }
 
-    /// Packets that left the pod by `eth0` with a source that is not its own. The
-    /// bridge's addresses are its own, too: where no load balancer is left, the
-    /// kernel answers VIP traffic with ICMPv6 errors from there.
+    /// Packets that left the pod by `eth0` with a source that is not its own.
     pub fn leaked(&self) -> io::Result<u64> {
         let counters = nft::counters(&self.netns)?;
         Ok(counters.get("leaked").copied().unwrap_or_default())
