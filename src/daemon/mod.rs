@@ -10,7 +10,6 @@ mod signals;
 
 use std::fmt;
 use std::io::Write;
-use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded, select};
 use log::{error, info, warn};
@@ -22,12 +21,10 @@ use crate::sync::clock;
 use crate::sync::thread::{ThreadEnded, Threads};
 use crate::transport::descriptors;
 use parts::Parts;
-use shutdown::STAGES;
+use shutdown::{LAST_LIMIT, STAGES};
 
 /// Notices to `main` that may wait; the first one decides.
 const CONTROL_BOUND: usize = 16;
-/// How long the last log lines, and the signals thread, may take at the end.
-const LAST_LIMIT: Duration = Duration::from_millis(500);
 
 /// Why the daemon stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
