@@ -210,6 +210,33 @@ fn a_stale_socket_is_replaced_and_a_file_is_not() {
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
 }
 
+#[test]
+fn a_path_where_no_socket_can_be_is_an_error_that_names_it() {
+    let directory = Directory::new("wrong");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let start = |path: &Path| {
+        let error = HealthServer::start(&rpc, path, &cell).map(drop);
+        error.unwrap_err().to_string()
+    };
+    let occupied = directory.0.join("occupied");
+    std::fs::create_dir(&occupied).unwrap();
+    let error = start(&occupied);
+    assert!(
+        error.contains("occupied") && error.contains("is no socket"),
+        "{error}"
+    );
+    assert!(occupied.is_dir());
+    let error = start(&directory.0.join("x".repeat(108)));
+    assert!(error.contains("xxx"), "{error}");
+    let file = directory.0.join("file");
+    std::fs::write(&file, "precious").unwrap();
+    let error = start(&file.join("health.sock"));
+    assert!(
+        error.contains("file/health.sock") || error.contains("Not a directory"),
+        "{error}"
+    );
+}
+
 /// The two may overlap when a container is replaced in its pod.
 #[test]
 fn a_successor_keeps_its_socket_when_the_predecessor_ends() {

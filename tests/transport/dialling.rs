@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -123,4 +125,47 @@ fn connections_are_closed_at_the_same_time() {
     assert_eq!(late, ["conn-deaf"]);
     assert!(begun.elapsed() < Duration::from_secs(3));
     drop(release);
+}
+
+/// What a path can be before nsmgr makes its socket there, or when somebody
+/// has written the wrong one.
+#[test]
+fn a_path_without_a_listener_says_why_and_is_dialled_until_there_is_one() {
+    let rig = Rig::new();
+    let path = rig.path("peer.sock");
+    type Make = fn(&Path) -> io::Result<()>;
+    let nothing: Make = |_| Ok(());
+    let directory: Make = |path| std::fs::create_dir(path);
+    let file: Make = |path| std::fs::write(path, "precious");
+    let stale: Make = |path| UnixListener::bind(path).map(drop);
+    for (make, why) in [
+        (nothing, "No such file or directory"),
+        (directory, "Connection refused"),
+        (file, "Connection refused"),
+        (stale, "Connection refused"),
+    ] {
+        make(&path).unwrap();
+        let connector = rig.connect_unix(rig.client_cell(), &path);
+        let said = rig.refusal(&connector);
+        assert!(said.contains("peer.sock") && said.contains(why), "{said}");
+        let moved = path.with_extension("old");
+        if path.exists() {
+            std::fs::rename(&path, &moved).unwrap();
+        }
+        let server = rig.serve(rig.server_cell(), &path);
+        let connection = rig.acquire(&connector);
+        rig.echo(&connection, "n", &[]).unwrap();
+        if moved.is_file() {
+            assert_eq!(std::fs::read_to_string(&moved).unwrap(), "precious");
+        }
+        drop((connection, connector));
+        assert!(server.stop(soon()).is_empty());
+        if moved.is_dir() {
+            std::fs::remove_dir(&moved).unwrap();
+        }
+    }
+    let long = rig.path(&"x".repeat(108));
+    let connector = rig.connect_unix(rig.client_cell(), &long);
+    let said = rig.refusal(&connector);
+    assert!(said.contains("1 to 107 bytes"), "{said}");
 }
