@@ -10,7 +10,7 @@
 //! nsmgr, or its stream, is no such report: traffic goes on, the stream is
 //! opened again, and only if nsmgr has forgotten the connection is it told
 //! again, as a refresh, which leaves the interface alone; reselect follows if
-//! that fails.
+//! that fails for some seconds.
 //!
 //! Before a reselect of what nsmgr may still hold, the session closes it, with
 //! a short deadline. nsmgr would do so itself within the Request, but towards a
@@ -49,6 +49,10 @@ const NEWS_PAUSE: Duration = Duration::from_secs(5);
 /// Longest pause between the attempts of a refresh that fails: what carries
 /// traffic is not left to expire.
 const REFRESH_MOST: Duration = Duration::from_secs(2);
+/// How long what nsmgr has forgotten is told again as it is. A restarted nsmgr
+/// refuses until the forwarder has registered anew, and meanwhile the connection
+/// carries traffic, which a reselect would interrupt.
+const RETELL: Duration = Duration::from_secs(5);
 /// Pauses before a monitor stream is opened again.
 const WATCH_FIRST: Duration = Duration::from_millis(500);
 const WATCH_MOST: Duration = Duration::from_secs(30);
@@ -201,7 +205,7 @@ impl<C: Clone> LbSession<C> {
                 self.start_healing(connection, at, trouble == Trouble::Down);
             }
             Trouble::Lost => {
-                up.lost = true;
+                up.lost = up.lost.or(Some(now));
                 up.refresh_at = up.refresh_at.min(up.soonest(now));
             }
         }
@@ -283,7 +287,7 @@ impl<C: Clone> LbSession<C> {
             dead_at: shortest(&lives).and_then(|life| now.checked_add(life)),
             monitor,
             trouble: None,
-            lost: false,
+            lost: None,
             requested_at: now,
         });
         self.heal.reset();
@@ -322,7 +326,7 @@ impl<C: Clone> LbSession<C> {
             State::Healing { at, .. } => {
                 *at = now + self.jitter.spread(self.heal.after_failure());
             }
-            State::Up(up) if sent && up.lost => {
+            State::Up(up) if sent && up.lost.is_some_and(|since| since + RETELL <= now) => {
                 let connection = up.connection.clone();
                 self.start_healing(connection, now + HEAL_FIRST, false);
             }

@@ -340,7 +340,7 @@ fn losing_the_stream_keeps_everything_and_reopens_with_growing_pauses() {
 }
 
 #[test]
-fn what_nsmgr_forgot_is_told_again_as_it_is_and_rebuilt_if_refused() {
+fn what_nsmgr_forgot_is_told_again_as_it_is_and_rebuilt_if_refused_for_long() {
     let mut run = Run::connected(SECOND * 600);
     run.monitored(Monitored::Absent);
     assert!(run.pass() <= LEAST, "not twice within a second");
@@ -352,8 +352,30 @@ fn what_nsmgr_forgot_is_told_again_as_it_is_and_rebuilt_if_refused() {
     run.monitored(Monitored::Absent);
     run.expect(SessionAction::Request(Plan::Refresh(2)));
     run.answered(Err(Failure::Refused));
+    // The forwarder has not registered anew yet; traffic goes on.
     about(run.pass(), HEAL_FIRST);
-    run.expect(SessionAction::Request(Plan::Reselect(2)));
+    run.expect(SessionAction::Request(Plan::Refresh(2)));
+    run.answered(Ok(good(3, SECOND * 600)));
+    run.expect(SessionAction::Report(port_expected(3)));
+
+    run.now += SECOND * 5;
+    run.monitored(Monitored::Absent);
+    let (begun, mut tries) = (run.now, 0);
+    loop {
+        match run.session.next(run.now) {
+            SessionAction::Wait(until) => run.now = until,
+            SessionAction::Request(Plan::Refresh(3)) => {
+                tries += 1;
+                run.answered(Err(Failure::Refused));
+            }
+            action => {
+                assert_eq!(action, SessionAction::Request(Plan::Reselect(3)));
+                break;
+            }
+        }
+    }
+    assert!((4..8).contains(&tries), "{tries}");
+    assert!((RETELL..RETELL * 2).contains(&(run.now - begun)));
 }
 
 #[test]

@@ -30,8 +30,9 @@ pub(super) struct Up<C> {
     pub(super) monitor: Monitor,
     /// The latest unanswered report of the monitor.
     pub(super) trouble: Option<Trouble>,
-    /// nsmgr has forgotten the connection; the next refresh decides.
-    pub(super) lost: bool,
+    /// Since when nsmgr is known to have forgotten the connection; refreshes
+    /// tell it again.
+    pub(super) lost: Option<Instant>,
     pub(super) requested_at: Instant,
 }
 
