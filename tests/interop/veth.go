@@ -240,6 +240,11 @@ func (s *side) configure(mtu uint32, wanted []string, routes []*networkservice.R
 		if err != nil {
 			return fmt.Errorf("address %q: %w", text, err)
 		}
+		// As sdk-kernel: the kernel takes the IPv6 route to the prefix away for a
+		// moment when an address is replaced by itself.
+		if slices.ContainsFunc(have, func(a netlink.Addr) bool { return a.IPNet.String() == addr.IPNet.String() }) {
+			continue
+		}
 		if addr.IP.To4() == nil {
 			addr.Flags |= unix.IFA_F_NODAD
 		}
