@@ -66,6 +66,10 @@ func (l *lab) changes(r *report) error {
 			return err
 		}
 		l.parts["lb-1"].kill()
+		// Or it would be given traffic by way of what is about to be rebuilt.
+		if _, err := l.waitHops(1, limit); err != nil {
+			return err
+		}
 		return l.restartLB("lb-1", limit)
 	})
 	l.nothingLeft(r, "the LBs' changes", before)
