@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bench::{Bench, allocates, lease_id, secs, soon};
 use meridio_lab::ipam::IpamOptions as LabOptions;
-use meridio_proxy::core::family::{Family, IpFamilies};
+use meridio_proxy::core::family::{Family, IpFamilies, PerFamily};
 use meridio_proxy::core::lease::Verb;
 use meridio_proxy::ipam::IpamError;
 use meridio_proxy::proto::ipam::IPFamily;
@@ -338,6 +338,56 @@ fn a_new_subnet_is_followed_with_the_bridge_first() {
     // One family may have moved before the other.
     while bench.bridge() != addresses.bridge {}
     assert_eq!(bench.held("a"), addresses.leases);
+}
+
+#[test]
+fn an_ipam_that_comes_back_without_its_table_gives_everybody_the_same() {
+    let bench = Bench::start();
+    let prefixes = bench.bridge();
+    let names = ["c", "b", "a"];
+    for name in names {
+        bench.acquire(name).unwrap();
+    }
+    let before = bench.lab.allocations();
+    bench.lab.stop();
+    bench.lab.forget();
+    bench.serve();
+    let all = before.len();
+    bench
+        .lab
+        .wait(soon(20), |table, _| table.len() == all)
+        .unwrap();
+    let after = bench.lab.allocations();
+    let bridge = |family| {
+        after
+            .iter()
+            .find(|(key, _)| key.family == family && key.child == "bridge")
+    };
+    assert_eq!(
+        prefixes,
+        PerFamily::from_fn(|family| bridge(family).map(|(_, at)| *at))
+    );
+    assert!(after.keys().eq(before.keys()));
+}
+
+#[test]
+fn an_ipam_that_forgot_unseen_is_noticed_by_what_it_gives() {
+    let bench = Bench::start();
+    bench.bridge();
+    bench.acquire("a").unwrap();
+    bench.lab.forget();
+    let refused = bench.acquire("new");
+    assert!(
+        matches!(&refused, Err(IpamError::Unusable(why)) if why.contains("the bridge's own")),
+        "{refused:?}"
+    );
+    let again = clock::now();
+    let new = bench.acquire("new").unwrap();
+    assert!(again.elapsed() < secs(2), "{:?}", again.elapsed());
+    assert_eq!(bench.held("new"), new.leases);
+    let known = bench.acquire("a").unwrap();
+    assert_eq!(bench.held("a"), known.leases);
+    assert_eq!(bench.lab.allocations().len(), 10);
 }
 
 #[test]

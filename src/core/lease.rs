@@ -10,6 +10,9 @@
 //! overtaken by it. And every call of a lease is begun at once: what is slow
 //! for one connection delays no other.
 
+mod anew;
+#[cfg(test)]
+mod anew_tests;
 mod book;
 mod bridge;
 mod check;

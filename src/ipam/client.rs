@@ -13,7 +13,8 @@ use crate::rpc::call::{self, CancelGuard, Options};
 use crate::rpc::method;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::stop::Stop;
-use crate::transport::client::{Connection, Connector};
+use crate::sync::watch::Watch;
+use crate::transport::client::{Connection, Connector, ConnectorState};
 use crate::transport::error::ConnectError;
 
 /// Deadline of one call.
@@ -74,6 +75,11 @@ impl Client {
     pub(super) fn wait(&self, deadline: Instant, stop: &Stop) {
         // Why there is none is told by the first call.
         let _ = self.connector.acquire(deadline, stop);
+    }
+
+    /// Whether there is a connection.
+    pub(super) fn state(&self) -> Watch<ConnectorState> {
+        self.connector.state().clone()
     }
 
     /// Starts `call`; `done` runs once on gRPC's poll thread, or right here

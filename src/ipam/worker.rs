@@ -18,7 +18,7 @@ use crate::kernel::NetHandle;
 use crate::rpc::status::RpcError;
 use crate::sync::clock;
 use crate::sync::stop::{Stop, Stopper};
-use crate::transport::client::Connector;
+use crate::transport::client::{Connector, ConnectorState};
 
 /// Calls that are in flight at the same time; the others wait for their turn
 /// here. IPAM works them off one after the other, behind the lock of its table
@@ -73,6 +73,25 @@ impl Drop for Pending {
         if let Some(answer) = self.0.take() {
             answer(Err(IpamError::Stopped));
         }
+    }
+}
+
+/// Whether IPAM is there, and was before. A connection that only takes the
+/// place of another, with a new certificate, has the same IPAM at its end.
+#[derive(Debug, Default)]
+struct Presence {
+    was_there: bool,
+    is_away: bool,
+}
+
+impl Presence {
+    /// Whether `state` means that IPAM is there again after it was away.
+    fn is_back(&mut self, state: &ConnectorState) -> bool {
+        let is_away = *state != ConnectorState::Ready;
+        let was_away = std::mem::replace(&mut self.is_away, is_away);
+        let is_back = self.was_there && was_away && !is_away;
+        self.was_there |= !is_away;
+        is_back
     }
 }
 
@@ -135,6 +154,9 @@ impl Worker {
         // Calls that are made before there is any connection only fail, which
         // would be logged as if IPAM were away, and are late by a retry.
         self.client.wait(clock::now() + FIRST_PATIENCE, stop);
+        let state = self.client.state();
+        let states = state.subscribe();
+        let mut presence = Presence::default();
         loop {
             let timer = self.next_deadline().map_or_else(never, at);
             select! {
@@ -147,6 +169,10 @@ impl Worker {
                 }
                 recv(done) -> ended => if let Ok((call, outcome)) = ended {
                     self.ended(&call, outcome);
+                },
+                recv(states) -> _ => if presence.is_back(&state.get()) {
+                    let actions = self.book.reconnected(clock::now());
+                    self.act(actions);
                 },
                 recv(timer) -> _ => {
                     let actions = self.book.tick(clock::now());

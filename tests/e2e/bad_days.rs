@@ -245,17 +245,25 @@ fn of_a_target(lab: &mut Topology) {
 }
 
 /// An IPAM that lost its table gives addresses away that are in use; nobody
-/// gets the bridge's.
+/// gets them, and IPAM learns anew who has which.
 #[test]
 fn of_an_ipam_that_lost_its_table() {
     let mut lab = start();
+    let before = lab.ipam.allocations();
     let traffic = steady(&lab);
     let mark = traffic.mark();
     lab.inflict(&Peer::Ipam, &Fault::Forget).unwrap();
     let name = lab.make_target().unwrap();
     let refused = lab.targets[&name].connect().unwrap_err();
     assert!(refused.contains("is the bridge's own"), "{refused}");
+    connect(&mut lab, &name);
     assert!(traffic.run_for(ILL, LIMIT));
+    let after = lab.ipam.allocations();
+    assert!(
+        before.keys().all(|key| after.contains_key(key)),
+        "{after:?}"
+    );
     let step = traffic.step(mark);
     assert_eq!(lost(&lab, &step), 0, "{step}");
+    serves_anew(&mut lab, &traffic, &name, "forgotten", Cost::Nothing);
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 
+use super::anew::Anew;
 use super::bridge::{Bridge, Change};
 use super::connection::{Connection, Held, Release, Waiter};
 use super::round;
@@ -21,19 +22,21 @@ use crate::core::ids::LeaseId;
 const SHORT_PAUSE: Duration = Duration::from_millis(200);
 /// Pause before a failed Release is tried again (pkg/proxy/proxy.go:447-512).
 const RELEASE_PAUSE: Duration = Duration::from_secs(2);
+
 /// All leases of the node. `E` is the error of the worker's calls.
 #[derive(Debug)]
 pub struct LeaseBook<E> {
     pub(super) settings: LeaseSettings,
     pub(super) bridge: Bridge,
+    pub(super) anew: Anew,
     told: PerFamily<Option<IpNetwork>>,
     // INVARIANT: who has waiters is allocating.
-    connections: BTreeMap<LeaseId, Connection>,
+    pub(super) connections: BTreeMap<LeaseId, Connection>,
     // `None` stands for the bridge. An entry may be out of date: what it wakes
     // looks for itself what is to be done.
-    timers: BTreeSet<(Instant, Option<LeaseId>)>,
+    pub(super) timers: BTreeSet<(Instant, Option<LeaseId>)>,
     next_call: u64,
-    is_flushing: bool,
+    pub(super) is_flushing: bool,
     out: Vec<Action<E>>,
 }
 
@@ -45,6 +48,7 @@ impl<E: Clone + Display> LeaseBook<E> {
         Self {
             bridge: Bridge::new(settings.families, settings.renew_interval, now),
             settings,
+            anew: Anew::default(),
             told: PerFamily::default(),
             connections: BTreeMap::new(),
             timers: BTreeSet::from([(now, None)]),
@@ -213,6 +217,9 @@ impl<E: Clone + Display> LeaseBook<E> {
             }
         }
         self.drive_bridge(now);
+        if !self.bridge.is_asking() {
+            self.bridge_was_asked(now);
+        }
         for id in self.ids(|connection| connection.is_allocating) {
             self.wake(id, now);
         }
@@ -246,6 +253,7 @@ impl<E: Clone + Display> LeaseBook<E> {
             Ok(address) => {
                 let before = std::mem::replace(&mut slot.held, Held::Yes(address));
                 slot.is_fresh = true;
+                slot.is_new |= before != Held::Yes(address);
                 slot.retry_at = None;
                 if let Held::Yes(before) = before
                     && before != address
@@ -310,11 +318,15 @@ impl<E: Clone + Display> LeaseBook<E> {
                 }
             }
         }
+        let is_given_back = connection.is_given_back();
         if !connection.holds_anything() {
             self.note(
                 false,
                 format!("release IP: the addresses of {id} are released"),
             );
+        }
+        if is_given_back {
+            self.ask_anew(now);
         }
         self.settle(id, connection, now);
     }
@@ -334,7 +346,7 @@ impl<E: Clone + Display> LeaseBook<E> {
         self.connections.remove(id)
     }
 
-    fn wake(&mut self, id: LeaseId, now: Instant) {
+    pub(super) fn wake(&mut self, id: LeaseId, now: Instant) {
         if let Some(connection) = self.connections.remove(&id) {
             self.settle(id, connection, now);
         }
@@ -420,7 +432,7 @@ impl<E: Clone + Display> LeaseBook<E> {
             .collect()
     }
 
-    fn take(&mut self) -> Vec<Action<E>> {
+    pub(super) fn take(&mut self) -> Vec<Action<E>> {
         std::mem::take(&mut self.out)
     }
 }

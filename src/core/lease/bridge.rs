@@ -21,6 +21,8 @@ struct Own {
     address: Option<IpNetwork>,
     call: Option<u64>,
     due: Instant,
+    /// The call in flight is too old to count: another follows it at once.
+    is_asked_again: bool,
     is_failing: bool,
 }
 
@@ -54,6 +56,7 @@ impl Bridge {
                 address: None,
                 call: None,
                 due: now,
+                is_asked_again: false,
                 is_failing: false,
             }),
             families,
@@ -87,6 +90,16 @@ impl Bridge {
         for family in Family::ALL {
             let own = self.own.get_mut(family);
             own.due = own.due.min(now);
+        }
+    }
+
+    /// As [`Bridge::renew_now`], but what is in flight does not count as a
+    /// renewal.
+    pub(super) fn renew_anew(&mut self, now: Instant) {
+        self.renew_now(now);
+        for family in Family::ALL {
+            let own = self.own.get_mut(family);
+            own.is_asked_again = own.call.is_some();
         }
     }
 
@@ -131,8 +144,9 @@ impl Bridge {
             return Change::None;
         }
         own.call = None;
+        let is_asked_again = std::mem::take(&mut own.is_asked_again);
         let checked = result.and_then(|address| check::bridge(family, address).map(|()| address));
-        match checked {
+        let change = match checked {
             Ok(address) => {
                 own.due = now + renew_interval;
                 let was_failing = std::mem::replace(&mut own.is_failing, false);
@@ -160,6 +174,10 @@ impl Bridge {
                     Change::Failing
                 }
             }
+        };
+        if is_asked_again {
+            own.due = now;
         }
+        change
     }
 }

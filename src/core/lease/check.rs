@@ -32,6 +32,9 @@ pub(super) enum Misfit {
     /// It is of another subnet. The bridge's address may be the one that is
     /// out of date: IPAM was set up anew.
     OtherSubnet(String),
+    /// It has an address that somebody else of this node has: IPAM does not
+    /// know of that any more.
+    Taken(String),
     /// It is wrong in itself.
     Wrong(String),
 }
@@ -57,7 +60,7 @@ pub(super) fn lease(family: Family, bridge: IpNetwork, lease: &Lease) -> Result<
             return Err(Misfit::Wrong(fault("is no host's address")));
         }
         if address.ip() == bridge.ip() {
-            return Err(Misfit::Wrong(fault("is the bridge's own")));
+            return Err(Misfit::Taken(fault("is the bridge's own")));
         }
     }
     if lease.src.ip() == lease.dst.ip() {
@@ -140,9 +143,16 @@ mod tests {
             );
         }
         for (src, dst) in [
-            ("172.16.0.2/24", "172.16.0.2/24"),
             ("172.16.0.1/24", "172.16.0.2/24"),
             ("172.16.0.2/24", "172.16.0.1/24"),
+        ] {
+            assert!(
+                matches!(check(src, dst), Err(Misfit::Taken(_))),
+                "{src} {dst}"
+            );
+        }
+        for (src, dst) in [
+            ("172.16.0.2/24", "172.16.0.2/24"),
             ("172.16.0.0/24", "172.16.0.2/24"),
             ("172.16.0.2/24", "172.16.0.255/24"),
             ("fd00::2/64", "172.16.0.2/24"),

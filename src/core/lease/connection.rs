@@ -1,6 +1,7 @@
 //! What is known of one connection's children.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
@@ -32,6 +33,8 @@ pub(super) struct Slot {
     pub(super) held: Held,
     /// Allocated, or renewed, in the present round.
     pub(super) is_fresh: bool,
+    /// The present round brought another address than was held.
+    pub(super) is_new: bool,
     /// The call in flight; never more than one.
     pub(super) call: Option<(u64, Verb)>,
     /// Not before this moment is the next call made.
@@ -43,8 +46,18 @@ impl Slot {
         Self {
             held,
             is_fresh: false,
+            is_new: false,
             call: None,
             retry_at: None,
+        }
+    }
+
+    /// The address that is held, and not on its way back to IPAM.
+    pub(super) fn address(&self) -> Option<IpNetwork> {
+        match (self.held, self.call) {
+            (_, Some((_, Verb::Release))) => None,
+            (Held::Yes(address), _) => Some(address),
+            (Held::No | Held::Unclear, _) => None,
         }
     }
 
@@ -93,6 +106,8 @@ pub(super) struct Connection {
     pub(super) is_failing: bool,
     /// A Release ended without an answer: IPAM might execute it yet.
     pub(super) has_lost_release: bool,
+    /// What it releases was given to it though somebody else has it.
+    pub(super) is_giving_back: bool,
 }
 
 impl Connection {
@@ -114,6 +129,7 @@ impl Connection {
             has_asked_bridge: false,
             is_failing: false,
             has_lost_release: false,
+            is_giving_back: false,
         }
     }
 
@@ -128,6 +144,7 @@ impl Connection {
         self.first_call = next_call;
         self.has_asked_bridge = false;
         for slot in self.slots.values_mut() {
+            slot.is_new = false;
             slot.is_fresh = false;
             // A pause of an earlier round, or release, is not this round's.
             slot.retry_at = None;
@@ -175,12 +192,13 @@ impl Connection {
     }
 
     fn held(&self, family: Family, end: End) -> Option<IpNetwork> {
-        let slot = self.slots.get(&(family, end))?;
-        match (slot.held, slot.call) {
-            (_, Some((_, Verb::Release))) => None,
-            (Held::Yes(address), _) => Some(address),
-            (Held::No | Held::Unclear, _) => None,
-        }
+        self.slots.get(&(family, end))?.address()
+    }
+
+    /// Whether all Releases of what somebody else has came to an end; true once.
+    pub(super) fn is_given_back(&mut self) -> bool {
+        let is_going_on = |slot: &Slot| matches!(slot.call, Some((_, Verb::Release)));
+        !self.slots.values().any(is_going_on) && std::mem::take(&mut self.is_giving_back)
     }
 
     /// Whether IPAM holds, or may hold, anything for this connection.
@@ -188,6 +206,17 @@ impl Connection {
         self.slots
             .values()
             .any(|slot| slot.held != Held::No || slot.call.is_some())
+    }
+
+    /// Whether it holds its addresses for somebody, and no round is going on.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.is_allocating && !self.release.is_some_and(|release| release.is_asked)
+    }
+
+    /// The lowest of its addresses.
+    pub(super) fn lowest(&self) -> Option<IpAddr> {
+        let held = self.slots.values().filter_map(Slot::address);
+        held.map(|address| address.ip()).min()
     }
 
     /// Whether nothing is left to do or to remember.

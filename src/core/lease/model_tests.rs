@@ -22,6 +22,7 @@ enum Op {
     Abandon(usize),
     End(usize, Fate),
     Pass(u64),
+    Reconnected,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +49,7 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (0..64usize, fate).prop_map(|(call, fate)| Op::End(call, fate)),
         1 => (1..30_000u64).prop_map(Op::Pass),
         2 => (1..300u64).prop_map(Op::Pass),
+        1 => Just(Op::Reconnected),
     ]
 }
 
@@ -114,6 +116,7 @@ impl Model {
                     self.end(&call, *fate);
                 }
             }
+            Op::Reconnected => self.sim.reconnected(),
             Op::Pass(millis) => self.pass(Duration::from_millis(*millis)),
         }
         self.check();

@@ -70,7 +70,13 @@ impl<E: Clone + Display> LeaseBook<E> {
     /// Asks for each child that was not answered in this round; ends the round
     /// when all were.
     pub(super) fn drive_round(&mut self, id: &LeaseId, connection: &mut Connection, now: Instant) {
-        if !self.bridge.is_complete() {
+        if !self.bridge.is_complete() || self.anew.is_bridge_first() || connection.is_giving_back {
+            return;
+        }
+        if let Some(until) = self.anew.holders_first(now)
+            && connection.lowest().is_none()
+        {
+            self.timers.insert((until, Some(id.clone())));
             return;
         }
         for (key, slot) in &mut connection.slots {
@@ -86,8 +92,7 @@ impl<E: Clone + Display> LeaseBook<E> {
 
     /// All children were answered.
     fn conclude(&mut self, id: &LeaseId, connection: &mut Connection, now: Instant) {
-        let addresses = connection.addresses(&self.bridge.addresses(), self.settings.families);
-        match addresses {
+        match self.checked(connection, now) {
             Some(Ok(addresses)) => {
                 let waiters = std::mem::take(&mut connection.waiters);
                 self.answer(waiters, &Ok(addresses));
@@ -105,6 +110,7 @@ impl<E: Clone + Display> LeaseBook<E> {
                 self.drive_bridge(now);
             }
             Some(Err(Misfit::OtherSubnet(_))) if self.bridge.is_asking() => {}
+            Some(Err(Misfit::Taken(text))) => self.give_back(id, connection, &text, now),
             Some(Err(Misfit::OtherSubnet(text) | Misfit::Wrong(text))) => {
                 self.give_up(connection, &AcquireError::Unusable(text), now);
             }

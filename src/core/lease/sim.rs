@@ -95,6 +95,11 @@ impl Sim {
         self.take(actions);
     }
 
+    pub(super) fn reconnected(&mut self) {
+        let actions = self.book.reconnected(self.now);
+        self.take(actions);
+    }
+
     pub(super) fn flush(&mut self) {
         let actions = self.book.flush(self.now);
         self.take(actions);
