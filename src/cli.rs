@@ -1,13 +1,13 @@
 //! The command line: a flag for each setting, three that print something and
-//! end, and the verb `config`, which prints the settings. Go's spelling of long flags with one dash (`-version`,
-//! `-debug=true`) is understood, since that is what people know from Meridio's
-//! proxy.
+//! end, and the verb `config`, which prints the settings. Go's spelling of long
+//! flags with one dash (`-version`, `-debug=true`) is understood, since that is
+//! what people know from Meridio's proxy.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::sync::LazyLock;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ErrorKind};
 use clap::{Arg, ArgAction, Command, value_parser};
 
 use crate::config::{Row, TABLE};
@@ -65,7 +65,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         Err(error) if error.kind() == ErrorKind::DisplayHelp => {
             return Ok(Invocation::Help(error.to_string()));
         }
-        Err(error) => return Err(Usage(error.to_string())),
+        Err(mut error) => {
+            // clap advises to give a wrong flag as a verb.
+            error.remove(ContextKind::Suggested);
+            return Err(Usage(error.to_string()));
+        }
     };
     // Meridio's order, when more than one is given.
     if matches.get_flag("version") {

@@ -280,7 +280,10 @@ fn wrong_usage_is_status_2_on_standard_error() {
         let output = run(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert!(output.stdout.is_empty(), "{args:?}");
-        assert!(!output.stderr.is_empty(), "{args:?}");
+        let said = text(&output.stderr);
+        assert!(said.starts_with("error: "), "{args:?}: {said}");
+        // What could be meant by a flag is another flag, and no verb.
+        assert!(!said.contains("use '--"), "{args:?}: {said}");
     }
 }
 

@@ -354,19 +354,26 @@ fn unknown_variables_are_warned_about() {
     let config = load(&[
         ("NSM_CONECT_TO", "x"),
         ("NSM_SOMETHING_ELSE", "x"),
+        ("NSM_FOO", "x"),
+        ("NSM_NTU", "x"),
         ("NSM_SPIFFE_ENDPOINT_SOKET", "x"),
         ("NSX_MTU", "x"),
         (long.as_str(), "x"),
     ])
     .unwrap();
     let warnings = config.warnings();
-    assert_eq!(warnings.len(), 4, "{warnings:?}");
+    assert_eq!(warnings.len(), 6, "{warnings:?}");
     assert!(
         warnings.contains(&"NSM_CONECT_TO is no setting; did you mean NSM_CONNECT_TO?".to_owned())
     );
     let misnamed = "NSM_SPIFFE_ENDPOINT_SOKET is no setting; did you mean SPIFFE_ENDPOINT_SOCKET?";
     assert!(warnings.contains(&misnamed.to_owned()), "{warnings:?}");
-    assert!(warnings.contains(&"NSM_SOMETHING_ELSE is no setting".to_owned()));
+    let short = "NSM_NTU is no setting; did you mean NSM_MTU?";
+    assert!(warnings.contains(&short.to_owned()), "{warnings:?}");
+    for name in ["NSM_SOMETHING_ELSE", "NSM_FOO"] {
+        let alone = format!("{name} is no setting");
+        assert!(warnings.contains(&alone), "{warnings:?}");
+    }
 }
 
 #[test]

@@ -9,18 +9,18 @@
     reason = "helpers of tests end by panicking too"
 )]
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::Receiver;
 use meridio_lab::agent::Agent;
 use meridio_lab::pki::Pki;
+use meridio_lab::process::json_lines;
 use meridio_lab::topology::{Topology, TopologyOptions};
 use meridio_proxy::daemon::shutdown::STAGES;
 use meridio_proxy::sync::clock;
-use meridio_proxy::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
+use meridio_proxy::sync::thread::ThreadHandle;
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -67,16 +67,7 @@ impl Proxy {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        let (tx, lines) = bounded(1000);
-        let reader = Threads::unsupervised()
-            .spawn("reader", STACK_LARGE, move |_| {
-                for line in output.lines().map_while(Result::ok) {
-                    let line = serde_json::from_str(&line).expect("each line is JSON");
-                    let _ = tx.try_send(line);
-                }
-            })
-            .unwrap();
+        let (lines, reader) = json_lines(child.stdout.take().unwrap()).unwrap();
         Self {
             child,
             lines,

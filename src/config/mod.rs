@@ -326,7 +326,8 @@ fn nearest(name: &str) -> Option<&'static str> {
         .iter()
         .map(|row| (edits(row), row))
         .min_by_key(|(distance, _)| *distance)
-        .filter(|(distance, _)| *distance <= 3)
+        // Of a short name most is left alone, or it was meant otherwise.
+        .filter(|(distance, _)| *distance <= 3 && distance * 3 <= bare.len())
         .map(|(_, row)| row.variable)
 }
 

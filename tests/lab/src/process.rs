@@ -11,20 +11,39 @@ use std::net::IpAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use meridio_proxy::health::client::Probe;
 use meridio_proxy::sync::clock;
-use meridio_proxy::sync::thread::{STACK_SMALL, ThreadHandle, Threads};
+use meridio_proxy::sync::thread::{STACK_LARGE, STACK_SMALL, ThreadHandle, Threads};
 use parking_lot::{Condvar, Mutex};
+use serde_json::Value;
 
 use crate::netns::{self, Netns, check};
 
 /// Lines of the log that are kept; the oldest ones go first.
 const LINES: usize = 50_000;
+
+/// The lines of a process's log as they come, for tests that start it without
+/// a lab: the newest are dropped when nobody takes them. The thread is to be
+/// dropped after the process has ended, which ends its output.
+///
+/// # Errors
+///
+/// When the thread cannot be started. It panics at a line that is not JSON.
+pub fn json_lines(output: ChildStdout) -> io::Result<(Receiver<Value>, ThreadHandle)> {
+    let (tx, lines) = bounded(1000);
+    let reader = Threads::unsupervised().spawn("reader", STACK_LARGE, move |_| {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            let line = serde_json::from_str(&line).expect("each line is JSON");
+            let _ = tx.try_send(line);
+        }
+    })?;
+    Ok((lines, reader))
+}
 
 /// What to run, and where.
 #[derive(Debug, Clone)]
