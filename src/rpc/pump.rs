@@ -32,7 +32,7 @@ pub enum Item<T> {
 pub enum StreamError {
     /// The RPC failed.
     Rpc(RpcError),
-    /// The reader was [`BOUND`] messages behind.
+    /// The reader was more messages behind than are kept for it, which are 64.
     Lagged,
 }
 

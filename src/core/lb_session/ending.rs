@@ -9,6 +9,8 @@ impl<C: Clone> LbSession<C> {
     /// The outcome of [`SessionAction::Close`], which is not told: a Close
     /// that failed has no second effect, and one that succeeded proves
     /// nothing.
+    ///
+    /// [`SessionAction::Close`]: super::SessionAction::Close
     pub fn closed(&mut self, now: Instant) {
         self.state = match self.state {
             State::Discarding { .. } => State::Opening {

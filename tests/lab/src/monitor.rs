@@ -60,7 +60,7 @@ enum Step<T> {
 }
 
 impl<T: Send + 'static> Outbox<T> {
-    /// False when the stream has ended. A client that is [`BOUND`] messages
+    /// False when the stream has ended. A client that is `BOUND` messages
     /// behind loses it.
     pub fn push(&self, item: T) -> bool {
         let mut queue = self.0.queue.lock();

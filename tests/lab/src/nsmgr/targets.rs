@@ -49,7 +49,7 @@ pub struct TargetRequest {
     pub ip_context: IPContext,
 }
 
-/// A target's connection went DOWN; [`Inner::connect_target`] heals it.
+/// A target's connection went DOWN; `Inner::connect_target` heals it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetEvent {
     pub id: String,
