@@ -18,7 +18,7 @@ RUN cargo build --locked --release --bin proxy
 
 FROM debian:bookworm-slim
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libcap2-bin libssl3 libstdc++6 \
+    && apt-get install -y --no-install-recommends libcap2-bin libssl3 \
     && groupadd --gid 10005 meridio \
     && useradd --uid 10005 --gid 10005 --create-home --home-dir /home/meridio meridio
 COPY --from=build /src/target/release/proxy /home/meridio/proxy

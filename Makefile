@@ -64,7 +64,7 @@ deny: ## Dependency bans, licences, sources and, where the database is, advisori
 	@scripts/deny.sh
 
 .PHONY: check
-check: lint test demo interop deny ## What CI runs
+check: lint doc test demo interop deny ## What CI runs
 
 .PHONY: release
 release: deps ## The optimised daemon: target/release/proxy

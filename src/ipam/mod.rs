@@ -30,7 +30,7 @@ use worker::{Command, Pending, Worker};
 /// since all targets of a node come at once after a restart.
 const REQUESTS_MAX: usize = 1024;
 /// Releases that may be in the queue.
-const RELEASES_MAX: usize = 2048;
+const RELEASES_MAX: usize = 512;
 /// How long after its deadline an acquire's answer is still waited for.
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
 /// What a stop keeps of its time for the end of the thread after the flush.
