@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Shows that the tests of docs/compat.md can fail: for ten MUSTs, drawn by the
 # hash of the commit, breaks the daemon's code as tests/mutations.txt says, runs
-# the first test of the row, and expects it to fail. Prints a table in Markdown.
+# the first test of the row, and expects it to fail; M19/2 is for the row's second
+# test. Prints a table in Markdown.
 #
 #   scripts/mutate.sh               ten of the commit
 #   scripts/mutate.sh 25            so many of it
@@ -59,9 +60,12 @@ read_mutations() {
 	done <tests/mutations.txt
 }
 
-# The first test of the row.
+# The test of the row: the first one, or the one behind the id's slash.
 test_of() {
-	awk -F '|' -v id=" $1 " '$2 == id { split($5, parts, "`"); print parts[2] }' docs/compat.md
+	local nth=1
+	[[ $1 != */* ]] || nth=${1#*/}
+	awk -F '|' -v id=" ${1%%/*} " -v nth="$nth" \
+		'$2 == id { split($5, parts, "`"); print parts[2 * nth] }' docs/compat.md
 }
 
 # The ids in the order that the commit gives them.

@@ -9,6 +9,9 @@
     reason = "helpers of tests end by panicking too"
 )]
 
+#[path = "shutdown/paused.rs"]
+mod paused;
+
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;

@@ -7,13 +7,16 @@ use crate::sources::{read, tracked};
 #[derive(Debug)]
 pub struct Mutation {
     pub id: String,
+    /// Which of the row's tests shall fail, from 1.
+    pub nth: usize,
     /// The beginning of the path of the file.
     pub place: String,
     pub old: String,
     pub new: String,
 }
 
-/// A block begins with `[id] place`; lines of the old text begin with `- `,
+/// A block begins with `[id] place`, or with `[id/n] place` where it is for the
+/// row's nth test; lines of the old text begin with `- `,
 /// lines of the new one with `+ `.
 pub fn parse(text: &str) -> Vec<Mutation> {
     let mut all: Vec<Mutation> = Vec::new();
@@ -25,8 +28,10 @@ pub fn parse(text: &str) -> Vec<Mutation> {
             .strip_prefix('[')
             .and_then(|rest| rest.split_once("] "))
         {
+            let (id, nth) = id.split_once('/').unwrap_or((id, "1"));
             all.push(Mutation {
                 id: id.to_owned(),
+                nth: nth.parse().expect("[id/n]"),
                 place: place.to_owned(),
                 old: String::new(),
                 new: String::new(),
@@ -55,6 +60,7 @@ impl Mutation {
             place,
             old,
             new,
+            ..
         } = self;
         let files = tracked(place);
         let count: usize = files

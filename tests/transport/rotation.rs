@@ -59,12 +59,13 @@ fn a_rotation_moves_new_calls_and_lets_old_ones_end() {
     let old = rig.acquire(&connector);
     assert_eq!(old.identity().generation, 1);
     rig.pki.refill(&cell, CLIENT_ID, HOUR);
+    let deadline = soon();
     let new = loop {
         let now = rig.acquire(&connector);
         if !Arc::ptr_eq(&now, &old) {
             break now;
         }
-        assert!(clock::now() < soon());
+        assert!(clock::now() < deadline, "no new connection");
         std::thread::yield_now();
     };
     assert_eq!(new.identity().generation, 2);
