@@ -33,7 +33,10 @@ use std::time::{Duration, Instant};
 use super::event::Event;
 use super::ids::{EndpointName, PortKey};
 use super::retry::{Backoff, Jitter};
-pub use messages::{Established, Failure, Looked, Monitored, Plan, SessionAction, Stopping};
+use ending::Closing;
+pub use messages::{
+    Closed, Established, Failure, Looked, Monitored, Plan, SessionAction, Stopping,
+};
 use refresh::{LEAST, refresh_after, shortest};
 use up::{Monitor, Trouble, Up};
 
@@ -64,6 +67,9 @@ const DRAIN: Duration = Duration::from_millis(200);
 /// there is none.
 const LOOKS: u32 = 3;
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
+/// How often it is asked at the end, if there is time: what was given up may
+/// still be connected just then.
+const LAST_LOOKS: u32 = 2;
 
 #[derive(Debug)]
 enum State<C> {
@@ -81,13 +87,13 @@ enum State<C> {
         held: bool,
     },
     /// The answer was unusable: closed before the next Request.
-    Discarding { connection: C },
-    /// Stopping; an outcome is unclear, so nsmgr is asked first.
-    EndingUnclear,
+    Discarding(Closing<C>),
+    /// Stopping; an outcome is unclear, so nsmgr is asked first, at `at`.
+    EndingUnclear { at: Instant, tries: u32 },
     /// Stopping; nothing new goes to the LB, and at `until` it is closed.
     Draining { connection: C, until: Instant },
     /// Stopping; the Close is due.
-    Ending { connection: C },
+    Ending(Closing<C>),
     /// Over.
     Ended,
 }
@@ -102,6 +108,8 @@ pub struct LbSession<C> {
     told: bool,
     /// An earlier Request may have left a connection in nsmgr.
     unclear: bool,
+    /// Told to stop at once.
+    hurried: bool,
     heal: Backoff,
     refresh: Backoff,
     watch: Backoff,
@@ -123,6 +131,7 @@ impl<C: Clone> LbSession<C> {
             reports: VecDeque::new(),
             told: false,
             unclear: false,
+            hurried: false,
             heal: Backoff::new(HEAL_FIRST, HEAL_MOST),
             refresh: Backoff::new(HEAL_FIRST, REFRESH_MOST),
             watch: Backoff::new(WATCH_FIRST, WATCH_MOST),
@@ -148,7 +157,7 @@ impl<C: Clone> LbSession<C> {
         match &mut self.state {
             State::Draining { until, .. } if *until > now => SessionAction::Wait(*until),
             State::Draining { .. } => {
-                self.end();
+                self.end(now);
                 self.due(now)
             }
             State::Looking { at, .. } if *at <= now => SessionAction::Look,
@@ -180,10 +189,9 @@ impl<C: Clone> LbSession<C> {
                 }
                 None => up.next(now),
             },
-            State::Discarding { connection } | State::Ending { connection } => {
-                SessionAction::Close(connection.clone())
-            }
-            State::EndingUnclear => SessionAction::Look,
+            State::Discarding(closing) | State::Ending(closing) => closing.next(now),
+            State::EndingUnclear { at, .. } if *at > now => SessionAction::Wait(*at),
+            State::EndingUnclear { .. } => SessionAction::Look,
             State::Ended => SessionAction::Done,
         }
     }
@@ -251,9 +259,17 @@ impl<C: Clone> LbSession<C> {
                     },
                 };
             }
-            State::EndingUnclear => {
+            State::EndingUnclear { tries, .. } => {
+                let tries = *tries + 1;
                 self.state = match looked {
-                    Looked::Found { connection, .. } => State::Ending { connection },
+                    Looked::Found { connection, .. } => {
+                        State::Ending(Closing::new(connection, now))
+                    }
+                    // nsmgr may have been about to connect.
+                    _ if tries < LAST_LOOKS && !self.hurried => State::EndingUnclear {
+                        at: now + self.jitter.spread(LOOK_PAUSE),
+                        tries,
+                    },
                     Looked::Absent | Looked::Unreachable => State::Ended,
                 };
             }
@@ -351,7 +367,7 @@ impl<C: Clone> LbSession<C> {
             _ => None,
         };
         self.state = match connection.or(before) {
-            Some(connection) => State::Discarding { connection },
+            Some(connection) => State::Discarding(Closing::new(connection, now)),
             None => self.look_after_pause(now),
         };
     }
@@ -385,6 +401,10 @@ impl<C: Clone> LbSession<C> {
         match &mut self.state {
             State::Looking { at, .. } => *at = now.min(*at),
             State::Opening { at, .. } | State::Healing { at, .. } => *at = soonest.min(*at),
+            // The next session for the endpoint looks for what is left, and
+            // takes it over.
+            State::EndingUnclear { tries, .. } if *tries > 0 => self.state = State::Ended,
+            State::Ending(closing) if closing.is_tried() => self.state = State::Ended,
             _ => {}
         }
     }

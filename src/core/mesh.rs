@@ -283,12 +283,6 @@ impl Mesh {
         true
     }
 
-    /// Whether a list is under way.
-    #[must_use]
-    pub fn is_listing(&self) -> bool {
-        self.listing_since.is_some()
-    }
-
     /// The list that was due has been told to the end through [`Mesh::seen`]:
     /// what was doubtful before it began, and was not renewed, is gone.
     pub fn listed(&mut self) -> Vec<MeshAction> {

@@ -34,12 +34,10 @@ use crate::sync::stop::Stop;
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a refresh waits for IPAM when the addresses are known anyway.
 const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bound of the Close before a reselect. A live peer answers long before; what a
-/// dead one does not answer, nsmgr and forwarder forget all the same.
-const CLEAR_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a Request waits for those of other LBs, at most.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 
+mod closing;
 mod look;
 mod words;
 
@@ -97,6 +95,8 @@ pub(super) struct LbWorker<N, L> {
     leased: bool,
     /// nsmgr's id of the connection, by its last answer.
     at_nsmgr: String,
+    /// A Close that had no good answer, and nothing was connected since.
+    unanswered: Option<RpcError>,
     /// What `net` was told last.
     reported: Option<Event>,
     /// What was warned of, so that an outage is one warning a cause.
@@ -121,6 +121,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             addresses: None,
             leased: false,
             at_nsmgr: String::new(),
+            unanswered: None,
             reported: None,
             troubles: Troubles::default(),
             stopping: false,
@@ -234,7 +235,9 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         let request = self.template.request(plan, &addresses, &ifname);
         let deadline = clock::now() + self.shared.request_timeout;
         // nsmgr may be about to connect: one that is answered can be closed.
-        let mut patience = Patience::until(&self.shared.cut).or_stop(stop).with(permit);
+        let mut patience = Patience::until(&self.shared.cut)
+            .or_stop(stop, &self.shared.close_by)
+            .with(permit);
         if !stands {
             patience = patience.or_news(&self.news);
         }
@@ -269,6 +272,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             Ok(established) => {
                 path::nsmgr_id(&established.connection).clone_into(&mut self.at_nsmgr);
                 self.well(&cause::REQUESTS);
+                self.unanswered = None;
                 Ok(established)
             }
             Err(error) => {
@@ -329,70 +333,6 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 self.session.watching(false, clock::now());
             }
         }
-    }
-
-    /// Ends the connection at nsmgr. The outcome changes nothing: what nsmgr
-    /// does not know it cannot close twice, and what it failed to close ends
-    /// when its tokens expire.
-    fn close(&mut self, connection: Connection, stop: &Stop) {
-        self.watch = None;
-        self.leased = true;
-        let connection = self.template.close(connection);
-        let deadline = self.bounded(clock::now() + self.shared.request_timeout);
-        match self.call_close(&connection, deadline, None, stop) {
-            Ok(()) => info!(id = self.template.id; "connection closed"),
-            // Interrupted by the order to stop: it is made again then.
-            Err(RpcError::Cancelled) if !self.stopping && stop.is_set() => return,
-            // Cut off by the end of the stop's time for it.
-            Err(error)
-                if self.stopping
-                    && (matches!(
-                        error.code(),
-                        Some(Code::CANCELLED | Code::DEADLINE_EXCEEDED)
-                    ) || deadline <= clock::now()) =>
-            {
-                info!(id = self.template.id; "Close is not waited for any longer: {error}");
-            }
-            Err(error) => warn!(
-                id = self.template.id;
-                "Close failed: {error}; nsmgr and forwarder end what they still have of it when its tokens expire"
-            ),
-        }
-        self.session.closed(clock::now());
-    }
-
-    /// Ends at nsmgr what a reselect would find there.
-    fn clear(&mut self, connection: Connection, stop: &Stop) {
-        self.watch = None;
-        let connection = self.template.close(connection);
-        let permit = self.turn(stop);
-        let timeout = CLEAR_TIMEOUT.min(self.shared.request_timeout);
-        let deadline = self.bounded(clock::now() + timeout);
-        if let Err(error) = self.call_close(&connection, deadline, permit, stop) {
-            debug!(id = self.template.id; "Close before the reselect failed: {error}");
-        }
-        self.session.cleared();
-    }
-
-    fn call_close(
-        &mut self,
-        connection: &Connection,
-        deadline: Instant,
-        permit: Option<Permit>,
-        stop: &Stop,
-    ) -> Result<(), RpcError> {
-        let mut patience = Patience::until(&self.shared.cut)
-            .or_stop(stop)
-            .or_news(&self.news)
-            .of_close()
-            .with(permit);
-        let netns = &self.shared.netns;
-        let result = self
-            .shared
-            .nsmgr
-            .close(connection, netns, deadline, &mut patience);
-        self.replaced |= patience.has_heard();
-        result
     }
 
     /// Waits for this LB's turn among those that request; those that take long

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use protobuf::well_known_types::timestamp::Timestamp;
 
+use super::error::start;
 use crate::proto::connection::{Connection, Path, PathSegment};
 use crate::sync::clock::Now;
 
@@ -36,6 +37,15 @@ pub(super) fn belongs_to(connection: &Connection, id: &str) -> bool {
 pub(super) fn nsmgr_id(connection: &Connection) -> &str {
     let nsmgr = connection.path.path_segments.get(1);
     nsmgr.map_or("", |nsmgr| nsmgr.id.as_str())
+}
+
+/// The path for a log line: who is on it, and by which id each knows it.
+pub(super) fn text(connection: &Connection) -> String {
+    let segments = connection.path.path_segments.iter();
+    let texts: Vec<String> = segments
+        .map(|segment| format!("{}/{}", start(&segment.name), start(&segment.id)))
+        .collect();
+    texts.join(" ")
 }
 
 /// Whether nsmgr can find the connection by its path: it knows it by the

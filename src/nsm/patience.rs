@@ -6,6 +6,7 @@
 //! that is given up too early leaves the forwarder with a pair of interfaces
 //! which nobody can close any more, until its token expires.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, at, never, select};
@@ -17,9 +18,15 @@ use crate::sync::stop::Stop;
 /// An answer that is still to come so long after there is a reason to give it up
 /// is not waited for: a good one takes less than this.
 const GRACE: Duration = Duration::from_millis(300);
+/// The same for a Request whose LB has left: nothing else waits, and what nsmgr
+/// gives up half-way the forwarder may keep.
+const LEISURE: Duration = Duration::from_secs(3);
 /// A Close has reached the forwarder so long after it was sent, though the node
-/// be busy. What it then waits for is the peer.
-const PASSAGE: Duration = Duration::from_secs(1);
+/// be busy. What it then waits for is the peer. A reselect that follows takes over
+/// what it may have missed.
+pub(super) const PASSAGE: Duration = Duration::from_secs(1);
+/// The same for a Close that no Request with the same path follows.
+pub(super) const LAST_PASSAGE: Duration = Duration::from_secs(3);
 /// An answer that takes longer keeps no others waiting: the peer is stuck, or
 /// slow without our doing.
 const HOLD: Duration = Duration::from_secs(1);
@@ -30,10 +37,12 @@ pub(super) struct Patience<'a> {
     cut: &'a Stop,
     /// Is a reason to give it up: nobody needs the answer.
     stop: Option<&'a Stop>,
+    /// Filled when the daemon stops; else it is only the LB that leaves.
+    hurry: Option<&'a OnceLock<Instant>>,
     /// Says that another process has the endpoint's name now, which is a reason,
     /// too.
     news: Option<&'a Receiver<()>>,
-    /// No reason gives it up before.
+    /// It is a Close, which no reason gives up before.
     earliest: Option<Instant>,
     permit: Option<(Permit, Instant)>,
     heard: bool,
@@ -45,6 +54,7 @@ impl<'a> Patience<'a> {
         Self {
             cut,
             stop: None,
+            hurry: None,
             news: None,
             earliest: None,
             permit: None,
@@ -52,10 +62,12 @@ impl<'a> Patience<'a> {
         }
     }
 
-    /// `stop` ends it, too, after a moment.
-    pub(super) fn or_stop(self, stop: &'a Stop) -> Self {
+    /// `stop` ends it, too, after a moment: a short one if the daemon stops, by
+    /// `hurry`. A Close is not ended by the departure of its LB alone.
+    pub(super) fn or_stop(self, stop: &'a Stop, hurry: &'a OnceLock<Instant>) -> Self {
         Self {
             stop: Some(stop),
+            hurry: Some(hurry),
             ..self
         }
     }
@@ -68,10 +80,10 @@ impl<'a> Patience<'a> {
         }
     }
 
-    /// A Close, begun now, which is given time to reach the forwarder.
-    pub(super) fn of_close(self) -> Self {
+    /// A Close, begun now, which is given `passage` to reach the forwarder.
+    pub(super) fn of_close(self, passage: Duration) -> Self {
         Self {
-            earliest: Some(clock::now() + PASSAGE),
+            earliest: Some(clock::now() + passage),
             ..self
         }
     }
@@ -101,8 +113,9 @@ impl<'a> Patience<'a> {
         let (quiet, running) = (never(), never());
         let mut news = self.news.unwrap_or(&quiet);
         let mut stop = self.stop.map_or(&running, Stop::receiver);
-        let mut given_up = never();
+        let mut ends: Option<Instant> = None;
         loop {
+            let given_up = ends.map_or_else(never, at);
             let overdue = match &self.permit {
                 Some((_, until)) => at(*until),
                 None => never(),
@@ -112,14 +125,14 @@ impl<'a> Patience<'a> {
                 recv(self.cut.receiver()) -> _ => return None,
                 recv(stop) -> _ => {
                     stop = &running;
-                    given_up = self.give_up();
+                    ends = earlier(ends, self.end_by_stop());
                 },
                 recv(news) -> said => {
                     news = &quiet;
                     // Its end is that of `lb-watch`, which stops us, too.
                     if said.is_ok() {
                         self.heard = true;
-                        given_up = self.give_up();
+                        ends = earlier(ends, Some(self.after(GRACE)));
                     }
                 },
                 recv(given_up) -> _ => return None,
@@ -128,9 +141,29 @@ impl<'a> Patience<'a> {
         }
     }
 
-    fn give_up(&self) -> Receiver<Instant> {
-        let soon = clock::now() + GRACE;
-        at(self.earliest.map_or(soon, |earliest| soon.max(earliest)))
+    fn end_by_stop(&self) -> Option<Instant> {
+        if self.hurry.is_none_or(|hurry| hurry.get().is_some()) {
+            // There is no time for more than the least.
+            let least = clock::now() + GRACE;
+            let passed = self.earliest.map(|at| at.min(clock::now() + PASSAGE));
+            return Some(passed.map_or(least, |passed| least.max(passed)));
+        }
+        match self.earliest {
+            Some(_) => None,
+            None => Some(clock::now() + LEISURE),
+        }
+    }
+
+    fn after(&self, moment: Duration) -> Instant {
+        let then = clock::now() + moment;
+        self.earliest.map_or(then, |earliest| then.max(earliest))
+    }
+}
+
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
     }
 }
 
@@ -171,18 +204,44 @@ mod tests {
         stopper.stop();
         let (answer_tx, answer) = bounded(1);
         let begun = clock::now();
-        let mut patience = Patience::until(&cut).or_stop(&stop);
+        let hurry = OnceLock::from(begun);
+        let mut patience = Patience::until(&cut).or_stop(&stop, &hurry);
         assert_eq!(patience.wait::<u8>(&answer), None);
         assert!((GRACE..PASSAGE).contains(&begun.elapsed()));
         // nsmgr would forget a Close that did not get through.
         let begun = clock::now();
-        let mut patience = Patience::until(&cut).or_stop(&stop).of_close();
+        let mut patience = Patience::until(&cut)
+            .or_stop(&stop, &hurry)
+            .of_close(LAST_PASSAGE);
         assert_eq!(patience.wait::<u8>(&answer), None);
-        assert!(begun.elapsed() >= PASSAGE);
+        assert!((PASSAGE..LAST_PASSAGE).contains(&begun.elapsed()));
 
         answer_tx.send(7).unwrap();
-        let mut patience = Patience::until(&cut).or_stop(&stop);
+        let mut patience = Patience::until(&cut).or_stop(&stop, &hurry);
         assert_eq!(patience.wait(&answer), Some(7));
+    }
+
+    #[test]
+    fn the_departure_of_an_lb_alone_ends_no_close_and_a_request_late() {
+        let (_cutter, cut) = stop_pair();
+        let (stopper, stop) = stop_pair();
+        stopper.stop();
+        let (tell, news) = bounded(1);
+        let (_answer_tx, answer) = bounded::<u8>(1);
+        let hurry = OnceLock::new();
+        let patience = || Patience::until(&cut).or_stop(&stop, &hurry).or_news(&news);
+        std::thread::scope(|scope| {
+            let request = scope.spawn(|| patience().wait(&answer));
+            let begun = clock::now();
+            assert_eq!(request.join().unwrap(), None);
+            assert!(begun.elapsed() >= LAST_PASSAGE);
+            // Its return ends a Close, after its passage.
+            let close = scope.spawn(|| patience().of_close(PASSAGE).wait(&answer));
+            let begun = clock::now();
+            tell.send(()).unwrap();
+            assert_eq!(close.join().unwrap(), None);
+            assert!((PASSAGE..LEISURE).contains(&begun.elapsed()));
+        });
     }
 
     #[test]
@@ -193,7 +252,10 @@ mod tests {
         cutter.stop();
         let (_answer_tx, answer) = bounded::<u8>(1);
         let begun = clock::now();
-        let mut patience = Patience::until(&cut).or_stop(&stop).of_close();
+        let hurry = OnceLock::new();
+        let mut patience = Patience::until(&cut)
+            .or_stop(&stop, &hurry)
+            .of_close(PASSAGE);
         assert_eq!(patience.wait(&answer), None);
         assert!(begun.elapsed() < GRACE);
     }

@@ -56,6 +56,18 @@ pub enum Stopping {
     AtOnce,
 }
 
+/// How a Close ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    /// nsmgr holds nothing of the connection any more.
+    Answered,
+    /// With an error, or without an answer: nsmgr may still hold it.
+    Failed,
+    /// It was given up, and shall not be made again: there is no time, or the
+    /// endpoint is back, whose next session looks for what is left.
+    GivenUp,
+}
+
 /// What nsmgr knew of our connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Looked<C> {

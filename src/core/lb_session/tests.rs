@@ -421,8 +421,16 @@ fn an_unusable_answer_is_closed_before_the_next_request() {
     run.expect(SessionAction::Request(Plan::First));
     run.answered(Err(Failure::Unusable(Some(Box::new(3)))));
     run.expect(SessionAction::Close(3));
-    run.session.closed(run.now);
+    run.session.closed(Closed::Answered, run.now);
     about(run.pass(), REQUEST_PAUSE);
+    run.expect(SessionAction::Request(Plan::First));
+    // One that failed to the end may be there still, so it is looked for.
+    run.answered(Err(Failure::Unusable(Some(Box::new(4)))));
+    run.expect(SessionAction::Close(4));
+    run.session.closed(Closed::GivenUp, run.now);
+    about(run.pass(), REQUEST_PAUSE);
+    run.expect(SessionAction::Look);
+    run.looked(Looked::Absent);
     run.expect(SessionAction::Request(Plan::First));
     // Without a path it cannot be closed, so it is looked for.
     run.answered(Err(Failure::Unusable(None)));
@@ -439,7 +447,7 @@ fn an_unusable_refresh_takes_the_port_back() {
         run.answered(Err(Failure::Unusable(unusable)));
         run.expect(released());
         run.expect(SessionAction::Close(closed));
-        run.session.closed(run.now);
+        run.session.closed(Closed::Answered, run.now);
         about(run.pass(), REQUEST_PAUSE);
         run.expect(SessionAction::Request(Plan::First));
     }
