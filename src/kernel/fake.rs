@@ -33,6 +33,8 @@ pub struct State {
     /// All addresses, in the order in which they were added: the first of an
     /// IPv4 subnet is its primary one.
     pub addresses: Vec<(IfIndex, IpNetwork)>,
+    /// Those that failed duplicate address detection.
+    pub duplicates: BTreeSet<(IfIndex, IpNetwork)>,
     /// The default routes of table 1.
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
     /// The rules.
@@ -75,6 +77,7 @@ impl Rtnl for Fake {
                 observed.insert_link(link.clone());
             }
             observed.addresses = state.addresses.iter().copied().collect();
+            observed.duplicates = &state.duplicates & &observed.addresses;
             observed.routes = state.routes.clone();
             observed.rules = state.rules.clone();
             observed.silent = state.silent.clone();
@@ -229,6 +232,7 @@ impl State {
             return Err(libc::EEXIST);
         }
         self.addresses.push((link, address));
+        self.duplicates.remove(&(link, address));
         Ok(())
     }
 

@@ -22,6 +22,7 @@ use crate::harness::{
 };
 
 mod adoption;
+mod duplicate;
 mod link_local;
 
 const FALLBACK4: &str = "blackhole default proto 77 metric 4294967295";
