@@ -55,7 +55,6 @@ pub struct State {
     pub answers: BTreeMap<IpAddr, (IfIndex, Mac)>,
     /// All frames sent.
     pub sent: Vec<Vec<u8>>,
-    last_index: u32,
 }
 
 impl Fake {
@@ -355,10 +354,13 @@ impl State {
             .find(|link| link.name.as_str() == name)
     }
 
-    /// Somebody makes a link, up and with a carrier.
+    /// Somebody makes a link, up and with a carrier, at the first free index:
+    /// Linux gives one anew only to who asks for it, or after all the others.
     pub fn add_link(&mut self, name: &str) -> LinkFact {
-        self.last_index += 1;
-        let index = IfIndex::new(self.last_index).unwrap();
+        let index = (1..)
+            .filter_map(IfIndex::new)
+            .find(|index| !self.links.contains_key(index))
+            .unwrap();
         let link = Link {
             index,
             name: IfName::parse(name).unwrap(),
