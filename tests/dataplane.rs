@@ -11,6 +11,7 @@
 //! | `gone INDEX` | a link is gone |
 //! | `address INDEX PREFIX`, `route FAMILY METRIC HOP%INDEX…`, `rule PRIORITY PREFIX PROTOCOL` | what a predecessor left |
 //! | `prefixes PREFIX…`, `lb NAME IFNAME PEER…`, `target …`, `down lb NAME`, `release lb NAME`, `vips PREFIX…` | facts |
+//! | `duplicate INDEX PREFIX` | an address that failed duplicate address detection |
 //! | `silent ADDRESS` | a neighbour does not answer |
 //! | `lost v4` | the kernel has taken the family's routes away |
 //! | `pass SECONDS` | time passes |
@@ -109,6 +110,11 @@ impl Machine {
                 self.observed
                     .addresses
                     .insert((index(number), parsed(prefix)));
+            }
+            ["duplicate", number, prefix] => {
+                let entry = (index(number), parsed(prefix));
+                self.observed.addresses.insert(entry);
+                self.observed.duplicates.insert(entry);
             }
             ["route", family, metric, hops @ ..] => {
                 let family = if *family == "v4" {

@@ -201,6 +201,10 @@ impl Dataplane {
         if observed.occupant().is_some_and(|link| !link.is_bridge) {
             warnings.insert(Warning::BridgeIsNone);
         }
+        warnings.extend(observed.shared_addresses().map(|(link, address)| {
+            let link = link.clone();
+            Warning::DuplicateAddress { link, address }
+        }));
         let families = self.families;
         Desired {
             bridge_mac: self.bridge_mac,

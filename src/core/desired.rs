@@ -125,6 +125,13 @@ pub enum Warning {
         /// The interface.
         port: IfName,
     },
+    /// An address of the bridge or of a port failed duplicate address detection.
+    DuplicateAddress {
+        /// Whose.
+        link: IfName,
+        /// The address.
+        address: IpNetwork,
+    },
     /// Something that is no bridge has the bridge's name.
     BridgeIsNone,
 }
@@ -185,6 +192,10 @@ impl fmt::Display for Warning {
                     "{key} names the interface {port}, which can be no port of {BRIDGE}"
                 )
             }
+            Self::DuplicateAddress { link, address } => write!(
+                f,
+                "address {address} of {link} failed duplicate address detection: somebody else on its link has it"
+            ),
             Self::BridgeIsNone => write!(
                 f,
                 "the interface {BRIDGE} is no bridge: ports, addresses and routes wait until it is gone"

@@ -96,6 +96,9 @@ pub struct Observed {
     names: BTreeMap<IfName, IfIndex>,
     /// All addresses of this network namespace.
     pub addresses: BTreeSet<(IfIndex, IpNetwork)>,
+    /// Those of them that failed duplicate address detection: the kernel keeps
+    /// them and does not use them (net/ipv6/addrconf.c, `addrconf_dad_stop`).
+    pub duplicates: BTreeSet<(IfIndex, IpNetwork)>,
     /// The default routes of our table, by metric.
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
     /// Neighbours on the bridge that do not answer, as of the last dump: no
@@ -140,6 +143,7 @@ impl Observed {
             LinkFact::Gone(index) => {
                 self.remove_link(index);
                 self.addresses.retain(|(owner, _)| *owner != index);
+                self.duplicates.retain(|(owner, _)| *owner != index);
             }
             LinkFact::LeftBridge(index) => {
                 if let Some(link) = self.links.get_mut(&index) {
@@ -183,6 +187,24 @@ impl Observed {
             .map(|(_, address)| address)
     }
 
+    /// Whether the link has the address and the kernel uses it.
+    #[must_use]
+    pub fn has_address(&self, link: IfIndex, address: IpNetwork) -> bool {
+        let entry = (link, address);
+        self.addresses.contains(&entry) && !self.duplicates.contains(&entry)
+    }
+
+    /// The addresses of the bridge and its ports that somebody else on their
+    /// link has, too.
+    pub fn shared_addresses(&self) -> impl Iterator<Item = (&IfName, IpNetwork)> {
+        let bridge = self.bridge().map(|link| link.index);
+        self.duplicates.iter().filter_map(move |(owner, address)| {
+            let link = self.links.get(owner)?;
+            let ours = [Some(link.index), link.master].contains(&Some(bridge?));
+            ours.then_some((&link.name, *address))
+        })
+    }
+
     /// Whether any interface of this namespace has the address.
     #[must_use]
     pub fn is_local(&self, address: IpAddr) -> bool {
@@ -212,6 +234,7 @@ impl Observed {
             }
             KernelOp::RemoveAddress { bridge, address } => {
                 self.addresses.remove(&(*bridge, *address));
+                self.duplicates.remove(&(*bridge, *address));
             }
             KernelOp::Attach { port, bridge } => self.set_master(port, Some(*bridge)),
             KernelOp::Detach { port } => self.set_master(port, None),

@@ -93,9 +93,9 @@ pub enum KernelOp {
         address: IpAddr,
     },
     /// The blackhole default route of the worst metric. An unreachable one would
-    /// answer VIP traffic of IPv6 with ICMPv6 errors, which leave the pod by its
-    /// primary interface, since their destination, the VIP, is not looked up in
-    /// our table.
+    /// answer VIP traffic with ICMP errors, which leave the pod by its primary
+    /// interface, since their destination, the VIP, is not looked up in our table;
+    /// the target, that sent the packet, gets none.
     Blackhole {
         /// Its family.
         family: Family,

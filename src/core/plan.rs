@@ -79,21 +79,29 @@ fn missing_link_local(
     bridge: IfIndex,
 ) -> Option<IpNetwork> {
     let mut there = observed.addresses_of(bridge, Family::V6);
-    desired
-        .link_local
-        .filter(|_| !there.any(|address| is_link_local(address.ip())))
+    desired.link_local.filter(|_| {
+        !there.any(|there| is_link_local(there.ip()) && observed.has_address(bridge, *there))
+    })
 }
 
 fn add_addresses(observed: &Observed, desired: &Desired, bridge: IfIndex, ops: &mut Vec<KernelOp>) {
     if let Some(address) = missing_link_local(observed, desired, bridge) {
+        // All that are there are duplicates.
+        let there = observed.addresses_of(bridge, Family::V6).copied();
+        ops.extend(
+            there
+                .filter(|there| is_link_local(there.ip()))
+                .map(|address| KernelOp::RemoveAddress { bridge, address }),
+        );
         ops.push(KernelOp::AddAddress { bridge, address });
     }
     for address in desired.addresses.values().copied() {
-        if observed.addresses.contains(&(bridge, address)) {
+        if observed.has_address(bridge, address) {
             continue;
         }
         // An interface has an IPv6 address once, whatever the prefix length
-        // (net/ipv6/addrconf.c, ipv6_add_addr), so the old one goes first.
+        // (net/ipv6/addrconf.c, ipv6_add_addr), so the old one goes first. So
+        // does one that is a duplicate: its state changes in no other way.
         let family = Family::from(address);
         for other in observed.addresses_of(bridge, family) {
             if family == Family::V6 && other.ip() == address.ip() {

@@ -33,6 +33,8 @@ pub struct State {
     /// All addresses, in the order in which they were added: the first of an
     /// IPv4 subnet is its primary one.
     pub addresses: Vec<(IfIndex, IpNetwork)>,
+    /// Those that failed duplicate address detection.
+    pub duplicates: BTreeSet<(IfIndex, IpNetwork)>,
     /// The default routes of table 1.
     pub routes: PerFamily<BTreeMap<u32, RouteKind>>,
     /// The rules.
@@ -53,7 +55,6 @@ pub struct State {
     pub answers: BTreeMap<IpAddr, (IfIndex, Mac)>,
     /// All frames sent.
     pub sent: Vec<Vec<u8>>,
-    last_index: u32,
 }
 
 impl Fake {
@@ -75,6 +76,7 @@ impl Rtnl for Fake {
                 observed.insert_link(link.clone());
             }
             observed.addresses = state.addresses.iter().copied().collect();
+            observed.duplicates = &state.duplicates & &observed.addresses;
             observed.routes = state.routes.clone();
             observed.rules = state.rules.clone();
             observed.silent = state.silent.clone();
@@ -229,6 +231,7 @@ impl State {
             return Err(libc::EEXIST);
         }
         self.addresses.push((link, address));
+        self.duplicates.remove(&(link, address));
         Ok(())
     }
 
@@ -351,10 +354,13 @@ impl State {
             .find(|link| link.name.as_str() == name)
     }
 
-    /// Somebody makes a link, up and with a carrier.
+    /// Somebody makes a link, up and with a carrier, at the first free index:
+    /// Linux gives one anew only to who asks for it, or after all the others.
     pub fn add_link(&mut self, name: &str) -> LinkFact {
-        self.last_index += 1;
-        let index = IfIndex::new(self.last_index).unwrap();
+        let index = (1..)
+            .filter_map(IfIndex::new)
+            .find(|index| !self.links.contains_key(index))
+            .unwrap();
         let link = Link {
             index,
             name: IfName::parse(name).unwrap(),

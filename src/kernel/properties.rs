@@ -77,6 +77,8 @@ enum Foreign {
     AddRule(usize, bool),
     DeleteRoute(bool),
     DeleteAddress(usize),
+    /// Somebody on the link has it, too.
+    Duplicate(usize),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -107,6 +109,7 @@ fn foreign() -> impl Strategy<Value = Foreign> {
         2 => (0..5usize, any::<bool>()).prop_map(|(n, ours)| Foreign::AddRule(n, ours)),
         1 => any::<bool>().prop_map(Foreign::DeleteRoute),
         1 => (0..4usize).prop_map(Foreign::DeleteAddress),
+        2 => (0..4usize).prop_map(Foreign::Duplicate),
     ]
 }
 
@@ -319,6 +322,14 @@ fn make(state: &mut State, change: &Foreign) -> Option<NetMsg> {
             }
             None
         }
+        Foreign::Duplicate(n) => {
+            let address = state
+                .addresses
+                .get(*n)
+                .filter(|(_, address)| address.is_ipv6());
+            state.duplicates.extend(address);
+            None
+        }
     };
     fact.map(NetMsg::Link)
 }
@@ -330,9 +341,9 @@ impl Told {
         let bridge = state.named(BRIDGE).unwrap();
         assert!(bridge.up);
         let link_local = IpNetwork::new(LINK_LOCAL, 64).unwrap();
-        assert!(state.addresses.contains(&(bridge.index, link_local)));
-        for prefix in self.prefixes.values() {
-            assert!(state.addresses.contains(&(bridge.index, *prefix)));
+        for address in self.prefixes.values().chain([&link_local]) {
+            let entry = (bridge.index, *address);
+            assert!(state.addresses.contains(&entry) && !state.duplicates.contains(&entry));
         }
         if let Some(vips) = &self.vips {
             for vip in VIPS.map(|text| text.parse::<IpNetwork>().unwrap()) {

@@ -1,8 +1,9 @@
 //! What the tests share.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use meridio_proxy::core::ids::IfName;
@@ -118,4 +119,41 @@ pub fn rules(family: &str) -> Vec<String> {
 
 pub fn is_port(link: &str) -> bool {
     json(&format!("link show dev {link}"))[0]["master"] == "bridge0"
+}
+
+/// A running `ip monitor`, which ends with the test.
+pub struct Monitor(Child);
+
+impl Monitor {
+    /// Sees every change of an `object` from now on.
+    pub fn start(object: &str) -> Self {
+        let mut command = Command::new("ip");
+        command.args(["-o", "monitor", object]);
+        let monitor = Self(command.stdout(Stdio::piped()).spawn().unwrap());
+        eventually("watching", || {
+            let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
+            let pid = monitor.0.id().to_string();
+            let there = sockets
+                .lines()
+                .any(|line| line.split_whitespace().nth(2) == Some(&pid));
+            there.then_some(()).ok_or(sockets)
+        });
+        monitor
+    }
+
+    /// What was seen before the change whose line has `marker`.
+    pub fn until(&mut self, marker: &str) -> Vec<String> {
+        BufReader::new(self.0.stdout.take().unwrap())
+            .lines()
+            .map(Result::unwrap)
+            .take_while(|line| !line.contains(marker))
+            .collect()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

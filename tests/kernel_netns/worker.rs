@@ -22,7 +22,9 @@ use crate::harness::{
 };
 
 mod adoption;
+mod duplicate;
 mod link_local;
+mod ports;
 
 const FALLBACK4: &str = "blackhole default proto 77 metric 4294967295";
 const FALLBACK6: &str = "blackhole default dev lo proto 77 metric 4294967295 pref medium";

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnetwork::IpNetwork;
 use netlink_packet_core::{NlasIterator, Parseable};
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
@@ -135,22 +135,38 @@ pub fn link(payload: &[u8]) -> Option<Link> {
     })
 }
 
-/// Reads an address: whose it is, and which.
+/// An address of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    /// Whose it is.
+    pub link: IfIndex,
+    /// With its prefix length.
+    pub prefix: IpNetwork,
+    /// It failed duplicate address detection (`IFA_F_DADFAILED`).
+    pub duplicate: bool,
+}
+
+/// Reads an address.
 #[must_use]
-pub fn address(payload: &[u8]) -> Option<(IfIndex, IpNetwork)> {
+pub fn address(payload: &[u8]) -> Option<Address> {
     let message = AddressMessage::parse(payload).ok()?;
     let mut local = None;
     let mut plain = None;
+    let mut duplicate = false;
     for attribute in message.attributes {
         match attribute {
             AddressAttribute::Local(address) => local = Some(address),
             AddressAttribute::Address(address) => plain = Some(address),
+            AddressAttribute::Flags(flags) => duplicate = flags.contains(AddressFlags::Dadfailed),
             _ => {}
         }
     }
-    // IFA_ADDRESS is the peer's where both are given and differ.
-    let address = IpNetwork::new(local.or(plain)?, message.header.prefix_len).ok()?;
-    Some((IfIndex::new(message.header.index)?, address))
+    Some(Address {
+        link: IfIndex::new(message.header.index)?,
+        // IFA_ADDRESS is the peer's where both are given and differ.
+        prefix: IpNetwork::new(local.or(plain)?, message.header.prefix_len).ok()?,
+        duplicate,
+    })
 }
 
 /// Reads a neighbour that does not answer: whose it is, and its address.

@@ -259,6 +259,26 @@ fn links_and_what_becomes_of_them() {
 }
 
 #[test]
+fn an_address_tells_whether_its_detection_failed() {
+    // fd00::1/64 of link 2, permanent; IFA_FLAGS is the word at the end.
+    let with = |flags: &str| {
+        decode::address(&bytes(&format!(
+            "0a408000 02000000 14000100 fd000000 00000000 00000000 00000001 08000800 {flags}"
+        )))
+        .unwrap()
+    };
+    let seen = with("80000000");
+    assert_eq!(
+        (seen.link.get(), seen.prefix),
+        (2, "fd00::1/64".parse().unwrap())
+    );
+    assert!(!seen.duplicate);
+    // Tentative only: the detection is not over.
+    assert!(!with("c0000000").duplicate);
+    assert!(with("c8000000").duplicate);
+}
+
+#[test]
 fn routes_with_one_hop_and_with_two_look_alike() {
     let one = bytes(
         "0a000000 014d0001 00000000 08000f00 01000000 08000600 00040000

@@ -196,11 +196,14 @@ impl Rtnl for Netlink {
             observed.insert_link(link);
         }
         for family in Family::ALL {
-            observed.addresses.extend(self.dump(
-                Dump::Addresses(family),
-                decode::RTM_NEWADDR,
-                decode::address,
-            )?);
+            let what = Dump::Addresses(family);
+            for address in self.dump(what, decode::RTM_NEWADDR, decode::address)? {
+                let entry = (address.link, address.prefix);
+                observed.addresses.insert(entry);
+                observed
+                    .duplicates
+                    .extend(address.duplicate.then_some(entry));
+            }
             for (family, metric, kind) in
                 self.dump(Dump::Routes(family), decode::RTM_NEWROUTE, decode::route)?
             {

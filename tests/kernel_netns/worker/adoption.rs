@@ -1,6 +1,7 @@
 //! What a predecessor left.
 
 use super::*;
+use crate::harness::Monitor;
 
 #[test]
 fn a_predecessor_s_state_carries_traffic_until_told_otherwise() {
@@ -79,6 +80,7 @@ fn a_predecessor_s_unreachable_route_becomes_a_blackhole_in_place() {
         let fallback = "unreachable default table 1 metric 4294967295 proto 77";
         ip(&format!("{family} route add {fallback}"));
     }
+    let mut monitor = Monitor::start("route");
     let daemon = Daemon::with_addresses();
     eventually("one fallback, and no other route", || {
         let seen = (table("-4"), table("-6"));
@@ -86,6 +88,15 @@ fn a_predecessor_s_unreachable_route_becomes_a_blackhole_in_place() {
             .then_some(())
             .ok_or(seen)
     });
+    // Replaced, not deleted and added: there was one all the time.
+    ip("route add 192.0.2.0/24 dev lo");
+    let seen = monitor.until("192.0.2.0");
+    let of_table: Vec<&String> = seen
+        .iter()
+        .filter(|line| line.contains("table 1"))
+        .collect();
+    assert_eq!(of_table.len(), 2, "{seen:?}");
+    assert!(of_table.iter().all(|line| line.starts_with("blackhole")));
     daemon.stop();
 }
 

@@ -1,36 +1,14 @@
 //! The bridge's link-local address.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-
 use super::*;
-
-/// A running command, which ends with the test.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use crate::harness::Monitor;
 
 /// While it were tentative, the kernel would ask for no IPv6 neighbour.
 #[test]
 fn the_link_local_address_is_never_tentative() {
     enter_netns();
     // Every change of an address, from before the bridge exists.
-    let mut command = Command::new("ip");
-    command.args(["-o", "monitor", "address"]);
-    let mut monitor = Running(command.stdout(Stdio::piped()).spawn().unwrap());
-    eventually("watching", || {
-        let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
-        let pid = monitor.0.id().to_string();
-        let there = sockets
-            .lines()
-            .any(|line| line.split_whitespace().nth(2) == Some(&pid));
-        there.then_some(()).ok_or(sockets)
-    });
+    let mut monitor = Monitor::start("address");
     let daemon = Daemon::with_addresses();
     daemon.lb("a", "nsm-a", 7);
     veth("nsm-a");
@@ -50,14 +28,7 @@ fn the_link_local_address_is_never_tentative() {
     until_hops(&[7]);
     // The last event that is waited for.
     ip("address add 192.0.2.1/32 dev lo");
-    let mut seen = Vec::new();
-    for line in BufReader::new(monitor.0.stdout.take().unwrap()).lines() {
-        let line = line.unwrap();
-        if line.contains("192.0.2.1") {
-            break;
-        }
-        seen.push(line);
-    }
+    let seen = monitor.until("192.0.2.1");
     let of_bridge: Vec<&String> = (seen.iter())
         .filter(|line| line.contains("bridge0") && line.contains("inet6"))
         .collect();
