@@ -3,6 +3,8 @@
 //! Driven by the thread `net`, which also holds the observation that names and
 //! addresses are looked up in.
 
+mod hops;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Instant;
@@ -11,16 +13,12 @@ use ipnetwork::IpNetwork;
 
 use super::adoption::Adoption;
 use super::announce::Behind;
-use super::desired::{Desired, HopRefusal, PortIntent, RouteIntent, Warning};
+use super::desired::{Desired, PortIntent, Warning};
 use super::event::Event;
 use super::family::{Family, IpFamilies, PerFamily};
 use super::ids::{IfIndex, IfName, PortKey};
-use super::observed::{Observed, RouteKind};
-use super::op::{KernelOp, route_metric};
-
-/// Most next hops of a route: what a netlink attribute's 16-bit length holds
-/// many times over, and more LBs than a trench has.
-pub const MAX_HOPS: usize = 256;
+use super::observed::Observed;
+use super::op::KernelOp;
 
 /// A connection's port, as last told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +26,8 @@ struct Port {
     ifname: IfName,
     peers: BTreeSet<IpAddr>,
     down: bool,
+    /// Which connection was told first, if several claim the same.
+    since: u64,
 }
 
 /// All facts, and which wishes they have made certain.
@@ -37,6 +37,7 @@ pub struct Dataplane {
     bridge_mac: [u8; 6],
     prefixes: PerFamily<Option<IpNetwork>>,
     ports: BTreeMap<PortKey, Port>,
+    next_since: u64,
     /// Interfaces of closed connections that may still be in the bridge, with
     /// the index they were seen under: a later interface of that name is
     /// somebody else's.
@@ -63,6 +64,7 @@ impl Dataplane {
             bridge_mac,
             prefixes: PerFamily::default(),
             ports: BTreeMap::new(),
+            next_since: 0,
             released: BTreeMap::new(),
             not_attached: BTreeSet::new(),
             stale: BTreeSet::new(),
@@ -104,10 +106,16 @@ impl Dataplane {
     }
 
     fn expect(&mut self, key: PortKey, ifname: IfName, peers: BTreeSet<IpAddr>) {
+        let since = self
+            .ports
+            .get(&key)
+            .map_or(self.next_since, |old| old.since);
+        self.next_since += 1;
         let port = Port {
             ifname,
             peers,
             down: false,
+            since,
         };
         self.released.remove(&port.ifname);
         if matches!(key, PortKey::Lb(_)) {
@@ -269,125 +277,6 @@ impl Dataplane {
         intents
     }
 
-    fn route_intents(
-        &mut self,
-        observed: &Observed,
-        warnings: &mut BTreeSet<Warning>,
-        now: Instant,
-    ) -> PerFamily<RouteIntent> {
-        let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
-        let mut down = hops.clone();
-        let bridge = observed.bridge().map(|link| link.index);
-        for (key, port) in self.lbs() {
-            let refused = self.not_attached.contains(&port.ifname);
-            let carries = !port.ifname.is_the_pods()
-                && observed.named(&port.ifname).is_some_and(|link| {
-                    link.up && link.carrier && (!refused || link.master == bridge)
-                });
-            let into = if port.down { &mut down } else { &mut hops };
-            for address in &port.peers {
-                match self.hop(*address, observed) {
-                    Ok(true) if carries => {
-                        into.get_mut((*address).into()).insert(*address);
-                    }
-                    Ok(_) => {}
-                    Err(why) => {
-                        warnings.insert(Warning::HopRefused {
-                            key: key.clone(),
-                            address: *address,
-                            why,
-                        });
-                    }
-                }
-            }
-        }
-        PerFamily::from_fn(|family| {
-            let mut hops = std::mem::take(hops.get_mut(family));
-            let there = self.predecessors_hops(observed, family);
-            let adopted = self.adopted.get_mut(family);
-            if *self.told.get(family) || !hops.is_empty() {
-                adopted.begin(&there, now);
-            }
-            let untold = adopted.hops(&there, now);
-            if hops.is_empty() {
-                // Where every LB is said to be down, what says so may be wrong,
-                // and no packet is better off without them. Those that nobody
-                // told of may be up; what is in the route beside them stays.
-                hops = std::mem::take(down.get_mut(family));
-                hops.retain(|hop| untold.is_empty() || there.contains(hop));
-            }
-            hops.extend(untold);
-            if hops.len() > MAX_HOPS {
-                warnings.insert(Warning::TooManyHops {
-                    family,
-                    wanted: hops.len(),
-                    planned: MAX_HOPS,
-                });
-                hops = hops.into_iter().take(MAX_HOPS).collect();
-            }
-            match (self.adopted.get(family).is_whole(), hops.is_empty()) {
-                (true, _) => RouteIntent::LeaveAlone,
-                (false, true) => RouteIntent::Absent,
-                (false, false) => RouteIntent::Via(hops),
-            }
-        })
-    }
-
-    /// The hops of the observed route that may be LBs of which we were not
-    /// told yet: alive as far as is known, and behind a port that nobody has
-    /// told.
-    fn predecessors_hops(&self, observed: &Observed, family: Family) -> BTreeSet<IpAddr> {
-        let bridge = observed.bridge().map(|link| link.index);
-        let told: BTreeSet<&IfName> = self.ports.values().map(|port| &port.ifname).collect();
-        let somewhere = observed.links().any(|link| {
-            link.master.is_some()
-                && link.master == bridge
-                && link.up
-                && link.carrier
-                && !told.contains(&link.name)
-        });
-        match observed.routes.get(family).get(&route_metric(family)) {
-            Some(RouteKind::Via(hops)) if somewhere => hops
-                .iter()
-                .map(|(address, _)| *address)
-                .filter(|address| !observed.silent.contains(address))
-                .filter(|address| self.hop(*address, observed) == Ok(true))
-                .collect(),
-            _ => BTreeSet::new(),
-        }
-    }
-
-    /// Whether the address can be a next hop; false while the bridge's own is
-    /// not told yet.
-    fn hop(&self, address: IpAddr, observed: &Observed) -> Result<bool, HopRefusal> {
-        let family = address.into();
-        if !self.families.has(family) {
-            return Err(HopRefusal::FamilyUnused);
-        }
-        let Some(prefix) = *self.prefixes.get(family) else {
-            return Ok(false);
-        };
-        if !prefix.contains(address) {
-            return Err(HopRefusal::OutsideSubnet(prefix));
-        }
-        if prefix.ip() == address || observed.is_local(address) {
-            return Err(HopRefusal::Own);
-        }
-        // Judged by the subnets that the bridge still has, too: while its
-        // address changes it has two.
-        let seen = observed
-            .bridge()
-            .into_iter()
-            .flat_map(|bridge| observed.addresses_of(bridge.index, family));
-        match seen
-            .chain([&prefix])
-            .find(|prefix| is_no_host(address, **prefix))
-        {
-            Some(prefix) => Err(HopRefusal::NoHost(*prefix)),
-            None => Ok(true),
-        }
-    }
-
     /// Where the addresses on the bridge are that others may know under
     /// another hardware address: its own, and those leased to targets behind
     /// ports that carry. One that an LB has as well is in doubt and left out.
@@ -472,18 +361,6 @@ fn link_local(mac: [u8; 6]) -> Option<IpNetwork> {
     let host = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     let bits = u128::from(u64::from_be_bytes(host)) | 0xfe80 << 112;
     IpNetwork::new(Ipv6Addr::from(bits).into(), 64).ok()
-}
-
-/// Whether the address stands for the subnet and not for a host in it.
-fn is_no_host(address: IpAddr, prefix: IpNetwork) -> bool {
-    match prefix {
-        IpNetwork::V4(_) => {
-            prefix.prefix() <= 30 && (address == prefix.network() || address == prefix.broadcast())
-        }
-        // RFC 4291 2.6.1: the subnet-router anycast address, which is local to
-        // every forwarding node, this one included.
-        IpNetwork::V6(_) => prefix.prefix() < 127 && address == prefix.network(),
-    }
 }
 
 /// The first of `own` that `vip` (masked) covers.

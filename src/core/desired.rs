@@ -60,7 +60,7 @@ pub struct Desired {
 }
 
 /// Why a peer's address is no next hop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum HopRefusal {
     /// The deployment does not use its family.
     FamilyUnused,
@@ -71,6 +71,8 @@ pub enum HopRefusal {
     NoHost(IpNetwork),
     /// It is an address of this pod.
     Own,
+    /// It is that of an LB that was connected before.
+    Taken(PortKey),
 }
 
 /// Something told that cannot be done as told.
@@ -147,6 +149,7 @@ impl fmt::Display for HopRefusal {
                 write!(f, "it is the network or broadcast address of {prefix}")
             }
             Self::Own => f.write_str("it is an address of this pod"),
+            Self::Taken(key) => write!(f, "it is that of {key}"),
         }
     }
 }
@@ -184,7 +187,7 @@ impl fmt::Display for Warning {
                 for (n, key) in keys.iter().enumerate() {
                     write!(f, "{} {key}", if n == 0 { "" } else { "," })?;
                 }
-                f.write_str("; it stays a port until the last of them is closed")
+                f.write_str("; it stays a port until the last of them is closed, and the first has its traffic")
             }
             Self::PortRefused { key, port } => {
                 write!(

@@ -125,6 +125,8 @@ fn key(n: usize) -> PortKey {
 #[derive(Debug, Default, Clone)]
 struct Told {
     ports: BTreeMap<usize, (usize, BTreeSet<IpAddr>, bool)>,
+    /// Who was told before whom.
+    order: Vec<usize>,
     vips: Option<BTreeSet<IpNetwork>>,
     prefixes: PerFamily<Option<IpNetwork>>,
 }
@@ -177,7 +179,10 @@ impl Run {
             Step::Expect(n, name, peers) => {
                 let peers: BTreeSet<IpAddr> =
                     peers.iter().map(|n| PEERS[*n].parse().unwrap()).collect();
-                self.told.ports.insert(*n, (*name, peers.clone(), false));
+                let port = (*name, peers.clone(), false);
+                if self.told.ports.insert(*n, port).is_none() {
+                    self.told.order.push(*n);
+                }
                 self.take(NetMsg::Fact(Event::PortExpected {
                     key: key(*n),
                     ifname: IfName::parse(NAMES[*name]).unwrap(),
@@ -192,6 +197,7 @@ impl Run {
             }
             Step::Release(n) => {
                 self.told.ports.remove(n);
+                self.told.order.retain(|told| told != n);
                 self.take(NetMsg::Fact(Event::PortReleased { key: key(*n) }));
             }
             Step::Vips(list) => {
@@ -401,27 +407,26 @@ impl Told {
             .chain(self.prefixes.values().map(IpNetwork::ip))
             .chain(self.prefixes.v4.iter().map(IpNetwork::broadcast))
             .collect();
-        // Where all are down, they count as up.
-        let hops_of = |wanted: bool| -> BTreeSet<IpAddr> {
-            self.ports
-                .iter()
-                .filter(|(n, (name, _, down))| {
-                    **n < 4
-                        && *name < 4
-                        && *down == wanted
-                        && state.named(NAMES[*name]).is_some_and(|link| link.carrier)
-                })
-                .flat_map(|(_, (_, peers, _))| peers)
-                .filter(|peer| {
-                    Family::from(**peer) == family
+        let (mut names, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+        let (mut up, mut down) = (BTreeSet::new(), BTreeSet::new());
+        for n in &self.order {
+            let (name, peers, is_down) = &self.ports[n];
+            let is_first = names.insert(name);
+            let is_lb = *n < 4;
+            let mut own: Vec<IpAddr> = peers.iter().copied().collect();
+            own.retain(|peer| is_lb && addresses.insert(*peer));
+            let carries = *name < 4 && state.named(NAMES[*name]).is_some_and(|link| link.carrier);
+            if is_first && carries {
+                own.retain(|peer| {
+                    Family::from(*peer) == family
                         && self.prefixes.get(family).is_some()
                         && !bad.contains(peer)
-                })
-                .copied()
-                .collect()
-        };
-        let up = hops_of(false);
-        if up.is_empty() { hops_of(true) } else { up }
+                });
+                if *is_down { &mut down } else { &mut up }.extend(own);
+            }
+        }
+        // Where all are down, they count as up.
+        if up.is_empty() { down } else { up }
     }
 }
 

@@ -57,6 +57,49 @@ const ODD: [Odd; 24] = [
     ("one-family", "no IPv4 address", |c| peers(c, &["fd00::9/64", "fd00::9/64"])),
 ];
 
+/// What another LB has is well formed, and that of the one that had it first.
+#[test]
+fn an_lb_that_names_what_another_has_takes_nothing_from_it() {
+    let mut lab = lab(2, 1);
+    let traffic = steady(&lab);
+    let before = held(&lab);
+    let links = lab.rtnl.links().unwrap();
+    let port = links.iter().find(|link| link.alias.ends_with("-lb-1"));
+    let ifname = port.unwrap().name.clone();
+    let addresses: Vec<String> = (lab.ipam.allocations().iter())
+        .filter(|(child, _)| child.child.ends_with("-lb-1-src"))
+        .map(|(_, address)| address.to_string())
+        .collect();
+    assert_eq!(addresses.len(), 2, "{addresses:?}");
+    let step = during(&traffic, || {
+        for (name, says_so) in [
+            ("lb-port", "several connections name the interface"),
+            ("lb-twin", "is that of LB lb-1"),
+        ] {
+            let since = lines(&lab);
+            let (ifname, addresses) = (ifname.clone(), addresses.clone());
+            lab.nsmgr.tamper(move |connection| {
+                match connection.network_service_endpoint_name.as_str() {
+                    "lb-port" => named(connection, &ifname),
+                    "lb-twin" => {
+                        let context = connection.context.mut_or_insert_default();
+                        let ip = context.ip_context.mut_or_insert_default();
+                        ip.dst_ip_addrs.clone_from(&addresses);
+                    }
+                    _ => {}
+                }
+            });
+            (lab.nsmgr).add_endpoint(&lab.lb_service(), Hostile::endpoint(name, "nse"));
+            says(&lab, since, &[says_so]);
+            lab.nsmgr.remove_endpoint(name);
+        }
+        lab.nsmgr.tamper(|_| {});
+    });
+    assert_eq!(step.lost_steady, 0, "{step}");
+    assert_held(&lab, &before);
+    lab.add_lb().unwrap();
+}
+
 #[test]
 fn answers_that_cannot_be_used_disturb_nobody() {
     let mut lab = lab(2, 1);
