@@ -207,9 +207,11 @@ impl<C: Clone> LbSession<C> {
                 // run in a circle.
                 let at = up.soonest(now);
                 let connection = up.connection.clone();
-                self.reports.push_back(Event::PeerDown {
-                    key: self.key.clone(),
-                });
+                if !up.told_down {
+                    self.reports.push_back(Event::PeerDown {
+                        key: self.key.clone(),
+                    });
+                }
                 self.start_healing(connection, at, trouble == Trouble::Down);
             }
             Trouble::Lost => {
@@ -293,28 +295,36 @@ impl<C: Clone> LbSession<C> {
             lives,
         } = established;
         // A stream that lived through a refresh goes on.
-        let monitor = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Up(up) => up.monitor,
-            _ => Monitor::Closed { reopen_at: now },
+        let (monitor, trouble, told_down) = match std::mem::replace(&mut self.state, State::Ended) {
+            // It fell while it was refreshed, and has not been up since.
+            State::Up(up) if up.told_down => {
+                let trouble = up.fallen();
+                (up.monitor, trouble, trouble.is_some())
+            }
+            State::Up(up) => (up.monitor, None, false),
+            _ => (Monitor::Closed { reopen_at: now }, None, false),
         };
         self.state = State::Up(Up {
             connection,
             refresh_at: now + self.jitter.spread(refresh_after(&lives)),
             dead_at: shortest(&lives).and_then(|life| now.checked_add(life)),
             monitor,
-            trouble: None,
+            trouble,
             lost: None,
             requested_at: now,
+            told_down,
         });
         self.heal.reset();
         self.refresh.reset();
         self.unclear = false;
         self.told = true;
-        self.reports.push_back(Event::PortExpected {
-            key: self.key.clone(),
-            ifname,
-            peers,
-        });
+        if trouble.is_none() {
+            self.reports.push_back(Event::PortExpected {
+                key: self.key.clone(),
+                ifname,
+                peers,
+            });
+        }
     }
 
     fn failed(&mut self, failure: Failure<C>, now: Instant) {
@@ -341,6 +351,10 @@ impl<C: Clone> LbSession<C> {
             State::Opening { at, .. } => *at = now + self.jitter.spread(REQUEST_PAUSE),
             State::Healing { at, .. } => {
                 *at = now + self.jitter.spread(self.heal.after_failure());
+            }
+            State::Up(up) if up.told_down => {
+                let trouble = up.fallen().unwrap_or(Trouble::Down);
+                self.act_on(trouble, now);
             }
             State::Up(up) if sent && up.lost.is_some_and(|since| since + RETELL <= now) => {
                 let connection = up.connection.clone();
@@ -433,6 +447,21 @@ impl<C: Clone> LbSession<C> {
                 reopen_at: now + self.jitter.spread(self.watch.after_failure()),
             };
         }
+    }
+
+    /// An event of the monitor stream while a refresh is under way: what `net` is
+    /// told at once, and no refresh is waited for.
+    pub fn overheard(&mut self, event: Monitored, now: Instant) -> Option<Event> {
+        self.monitored(event, now);
+        let State::Up(up) = &mut self.state else {
+            return None;
+        };
+        if up.fallen().is_none() || std::mem::replace(&mut up.told_down, true) {
+            return None;
+        }
+        Some(Event::PeerDown {
+            key: self.key.clone(),
+        })
     }
 
     /// An event of the monitor stream; only the last one told before

@@ -25,6 +25,7 @@ use crate::core::lease::Addresses;
 use crate::ipam::IpamError;
 use crate::kernel::NetHandle;
 use crate::proto::connection::{Connection, ConnectionEvent};
+use crate::proto::networkservice::NetworkServiceRequest;
 use crate::rpc::pump::Item;
 use crate::rpc::status::{Code, RpcError};
 use crate::sync::clock;
@@ -39,7 +40,10 @@ const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 
 mod closing;
 mod look;
+mod overhear;
 mod words;
+
+use overhear::Overhearing;
 
 /// The causes of warnings.
 mod cause {
@@ -230,24 +234,9 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
             return Err(Failure::NotSent);
         }
         debug!(id = self.template.id; "request: {}", words::plan(&plan));
-        // What carries traffic is not given up for a word of the registry.
         let stands = matches!(plan, Plan::Refresh(_) | Plan::Adopt(_));
         let request = self.template.request(plan, &addresses, &ifname);
-        let deadline = clock::now() + self.shared.request_timeout;
-        // nsmgr may be about to connect: one that is answered can be closed.
-        let mut patience = Patience::until(&self.shared.cut)
-            .or_stop(stop, &self.shared.close_by)
-            .with(permit);
-        if !stands {
-            patience = patience.or_news(&self.news);
-        }
-        let netns = &self.shared.netns;
-        let answer = self
-            .shared
-            .nsmgr
-            .request(&request, netns, deadline, &mut patience);
-        self.replaced |= patience.has_heard();
-        drop(patience);
+        let answer = self.call_request(&request, stands, permit, stop);
         match answer {
             Ok(connection) => self.check(connection, &addresses),
             Err(error) => {
@@ -260,6 +249,53 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
                 Err(failure)
             }
         }
+    }
+
+    /// `stands`: it carries traffic, so it is not given up for a word of the
+    /// registry.
+    fn call_request(
+        &mut self,
+        request: &NetworkServiceRequest,
+        stands: bool,
+        permit: Option<Permit>,
+        stop: &Stop,
+    ) -> Result<Connection, RpcError> {
+        let deadline = clock::now() + self.shared.request_timeout;
+        // nsmgr may be about to connect: one that is answered can be closed.
+        let mut patience = Patience::until(&self.shared.cut)
+            // The end of a refresh is what the hop's end waits for.
+            .or_stop(stop, (!stands).then_some(&self.shared.close_by))
+            .with(permit);
+        if !stands {
+            patience = patience.or_news(&self.news);
+        }
+        // A refresh that is stuck keeps nobody from learning of the LB's fall.
+        let quiet = never();
+        let items = self.watch.as_ref().map_or(&quiet, Stream::items).clone();
+        let mut ended = None;
+        let mut reader = Overhearing {
+            template: &self.template,
+            at_nsmgr: &self.at_nsmgr,
+            session: &mut self.session,
+            reported: &mut self.reported,
+            net: &self.shared.net,
+            ended: &mut ended,
+        };
+        let mut read = |item| reader.read(item);
+        if self.watch.is_some() {
+            patience = patience.or_fall(&items, &mut read);
+        }
+        let netns = &self.shared.netns;
+        let answer = self
+            .shared
+            .nsmgr
+            .request(request, netns, deadline, &mut patience);
+        self.replaced |= patience.has_heard();
+        drop(patience);
+        if let Some(item) = ended {
+            self.monitored(item);
+        }
+        answer
     }
 
     fn check(

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, at, never, select};
 
 use super::permits::Permit;
+use crate::proto::connection::ConnectionEvent;
+use crate::rpc::pump::Item;
 use crate::sync::clock;
 use crate::sync::stop::Stop;
 
@@ -46,6 +48,25 @@ pub(super) struct Patience<'a> {
     earliest: Option<Instant>,
     permit: Option<(Permit, Instant)>,
     heard: bool,
+    watch: Option<Watch<'a>>,
+}
+
+/// The connection's stream of events, and who reads it during the call: what it
+/// says is a reason to give the call up.
+type Watch<'a> = (
+    &'a Receiver<Item<ConnectionEvent>>,
+    &'a mut (dyn FnMut(Option<Item<ConnectionEvent>>) -> Said + Send),
+);
+
+/// What an item of the stream means for the call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Said {
+    /// Nothing.
+    Nothing,
+    /// The connection has fallen.
+    Fallen,
+    /// There is nothing more to read.
+    Ended,
 }
 
 impl<'a> Patience<'a> {
@@ -59,15 +80,16 @@ impl<'a> Patience<'a> {
             earliest: None,
             permit: None,
             heard: false,
+            watch: None,
         }
     }
 
-    /// `stop` ends it, too, after a moment: a short one if the daemon stops, by
-    /// `hurry`. A Close is not ended by the departure of its LB alone.
-    pub(super) fn or_stop(self, stop: &'a Stop, hurry: &'a OnceLock<Instant>) -> Self {
+    /// `stop` ends it, too, after a short moment; with `hurry` only if the daemon
+    /// stops, by it. Then a Close is not ended by the departure of its LB alone.
+    pub(super) fn or_stop(self, stop: &'a Stop, hurry: Option<&'a OnceLock<Instant>>) -> Self {
         Self {
             stop: Some(stop),
-            hurry: Some(hurry),
+            hurry,
             ..self
         }
     }
@@ -76,6 +98,19 @@ impl<'a> Patience<'a> {
     pub(super) fn or_news(self, news: &'a Receiver<()>) -> Self {
         Self {
             news: Some(news),
+            ..self
+        }
+    }
+
+    /// The fall of the connection ends it, too, after a moment; `read` is called
+    /// with what `items` brings.
+    pub(super) fn or_fall(
+        self,
+        items: &'a Receiver<Item<ConnectionEvent>>,
+        read: &'a mut (dyn FnMut(Option<Item<ConnectionEvent>>) -> Said + Send),
+    ) -> Self {
+        Self {
+            watch: Some((items, read)),
             ..self
         }
     }
@@ -110,11 +145,12 @@ impl<'a> Patience<'a> {
     /// without a reason to give up it ends when `answer` does: calls have
     /// deadlines.
     pub(super) fn wait<T>(&mut self, answer: &Receiver<T>) -> Option<T> {
-        let (quiet, running) = (never(), never());
+        let (quiet, running, unwatched) = (never(), never(), never());
         let mut news = self.news.unwrap_or(&quiet);
         let mut stop = self.stop.map_or(&running, Stop::receiver);
         let mut ends: Option<Instant> = None;
         loop {
+            let items = self.watch.as_ref().map_or(&unwatched, |watch| watch.0);
             let given_up = ends.map_or_else(never, at);
             let overdue = match &self.permit {
                 Some((_, until)) => at(*until),
@@ -135,10 +171,26 @@ impl<'a> Patience<'a> {
                         ends = earlier(ends, Some(self.after(GRACE)));
                     }
                 },
+                recv(items) -> item => {
+                    if self.read(item.ok()) == Said::Fallen {
+                        ends = earlier(ends, Some(self.after(GRACE)));
+                    }
+                },
                 recv(given_up) -> _ => return None,
                 recv(overdue) -> _ => self.permit = None,
             }
         }
+    }
+
+    fn read(&mut self, item: Option<Item<ConnectionEvent>>) -> Said {
+        let said = match &mut self.watch {
+            Some((_, read)) => read(item),
+            None => Said::Nothing,
+        };
+        if said == Said::Ended {
+            self.watch = None;
+        }
+        said
     }
 
     fn end_by_stop(&self) -> Option<Instant> {
@@ -205,19 +257,19 @@ mod tests {
         let (answer_tx, answer) = bounded(1);
         let begun = clock::now();
         let hurry = OnceLock::from(begun);
-        let mut patience = Patience::until(&cut).or_stop(&stop, &hurry);
+        let mut patience = Patience::until(&cut).or_stop(&stop, Some(&hurry));
         assert_eq!(patience.wait::<u8>(&answer), None);
         assert!((GRACE..PASSAGE).contains(&begun.elapsed()));
         // nsmgr would forget a Close that did not get through.
         let begun = clock::now();
         let mut patience = Patience::until(&cut)
-            .or_stop(&stop, &hurry)
+            .or_stop(&stop, Some(&hurry))
             .of_close(LAST_PASSAGE);
         assert_eq!(patience.wait::<u8>(&answer), None);
         assert!((PASSAGE..LAST_PASSAGE).contains(&begun.elapsed()));
 
         answer_tx.send(7).unwrap();
-        let mut patience = Patience::until(&cut).or_stop(&stop, &hurry);
+        let mut patience = Patience::until(&cut).or_stop(&stop, Some(&hurry));
         assert_eq!(patience.wait(&answer), Some(7));
     }
 
@@ -229,7 +281,11 @@ mod tests {
         let (tell, news) = bounded(1);
         let (_answer_tx, answer) = bounded::<u8>(1);
         let hurry = OnceLock::new();
-        let patience = || Patience::until(&cut).or_stop(&stop, &hurry).or_news(&news);
+        let patience = || {
+            Patience::until(&cut)
+                .or_stop(&stop, Some(&hurry))
+                .or_news(&news)
+        };
         std::thread::scope(|scope| {
             let request = scope.spawn(|| patience().wait(&answer));
             let begun = clock::now();
@@ -254,7 +310,7 @@ mod tests {
         let begun = clock::now();
         let hurry = OnceLock::new();
         let mut patience = Patience::until(&cut)
-            .or_stop(&stop, &hurry)
+            .or_stop(&stop, Some(&hurry))
             .of_close(PASSAGE);
         assert_eq!(patience.wait(&answer), None);
         assert!(begun.elapsed() < GRACE);

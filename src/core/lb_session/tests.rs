@@ -1,5 +1,6 @@
 //! Scripted runs in virtual time.
 
+mod falling;
 mod stopping;
 mod successor;
 

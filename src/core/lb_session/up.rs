@@ -34,6 +34,8 @@ pub(super) struct Up<C> {
     /// tell it again.
     pub(super) lost: Option<Instant>,
     pub(super) requested_at: Instant,
+    /// `net` was told during the refresh that it is down.
+    pub(super) told_down: bool,
 }
 
 impl<C: Clone> Up<C> {
@@ -48,9 +50,15 @@ impl<C: Clone> Up<C> {
         }
     }
 
+    /// What the monitor reports to have ended, and nothing has answered.
+    pub(super) fn fallen(&self) -> Option<Trouble> {
+        self.trouble
+            .filter(|trouble| matches!(trouble, Trouble::Down | Trouble::Gone))
+    }
+
     /// Whether nothing goes over it any more, as far as is known.
     pub(super) fn is_down(&self, now: Instant) -> bool {
-        matches!(self.trouble, Some(Trouble::Down | Trouble::Gone)) || self.is_dead(now)
+        self.told_down || self.fallen().is_some() || self.is_dead(now)
     }
 
     pub(super) fn is_dead(&self, now: Instant) -> bool {

@@ -97,7 +97,7 @@ impl<N: Nsmgr, L: Leases> LbWorker<N, L> {
         stop: &Stop,
     ) -> Result<(), RpcError> {
         let mut patience = Patience::until(&self.shared.cut)
-            .or_stop(stop, &self.shared.close_by)
+            .or_stop(stop, Some(&self.shared.close_by))
             .or_news(&self.news)
             .of_close(passage)
             .with(permit);

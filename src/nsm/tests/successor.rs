@@ -61,6 +61,61 @@ fn a_refresh_is_not_given_up_for_a_word_of_the_registry() {
     assert!(matches!(world.fact(), Event::PortExpected { .. }));
 }
 
+/// nsmgr is stuck, and the LB falls: no packet more goes there.
+#[test]
+fn the_fall_of_an_lb_does_not_wait_for_a_refresh() {
+    for kind in [ConnectionEventType::UPDATE, ConnectionEventType::DELETE] {
+        let world = world();
+        let (connection, watch) = world.connects("lb-1");
+        watch.message(update(&connection, State::REFRESH_REQUESTED));
+        let (_, _never_answered) = world.request();
+        let begun = clock::now();
+        watch.message(event(kind, &[shown(&connection, State::DOWN)]));
+        assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+        assert!(begun.elapsed() < SOON / 4, "{:?}", begun.elapsed());
+        // Nor does what follows.
+        if kind == ConnectionEventType::UPDATE {
+            let (_, reply) = world.close();
+            reply.send(Ok(())).unwrap();
+        }
+        let (request, _reply) = world.request();
+        assert_eq!(request.connection.state, State::RESELECT_REQUESTED.into());
+        assert!(begun.elapsed() < SOON * 2, "{:?}", begun.elapsed());
+        assert!(world.facts.is_empty(), "told twice");
+    }
+}
+
+#[test]
+fn an_lb_that_was_down_during_a_refresh_is_up_when_it_succeeds() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    watch.message(update(&connection, State::REFRESH_REQUESTED));
+    let (refresh, reply) = world.request();
+    watch.message(update(&connection, State::DOWN));
+    assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    watch.message(update(&connection, State::UP));
+    // Read before the answer.
+    while !watch.items.is_empty() {
+        std::thread::yield_now();
+    }
+    let refreshed = answer(&refresh);
+    reply.send(Ok(refreshed.clone())).unwrap();
+    world.expect_port("lb-1", &refreshed);
+    assert!(world.calls.recv_timeout(SOON / 2).is_err(), "another call");
+}
+
+#[test]
+fn an_lb_that_leaves_during_a_refresh_gets_no_packets_more() {
+    let world = world();
+    let (connection, watch) = world.connects("lb-1");
+    watch.message(update(&connection, State::REFRESH_REQUESTED));
+    let (_, _never_answered) = world.request();
+    let begun = clock::now();
+    world.registry.message(endpoint("lb-1", true));
+    assert_eq!(world.fact(), Event::PeerDown { key: key("lb-1") });
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+}
+
 #[test]
 fn a_first_request_to_a_dead_lb_is_looked_for_and_made_again() {
     let world = world();
