@@ -17,6 +17,8 @@ use crate::core::op::route_metric;
 /// many times over, and more LBs than a trench has.
 pub const MAX_HOPS: usize = 256;
 
+type Hops = PerFamily<BTreeSet<IpAddr>>;
+
 /// Who has what, where several connections name the same.
 #[derive(Default)]
 struct Claims<'a> {
@@ -32,7 +34,43 @@ impl Dataplane {
         warnings: &mut BTreeSet<Warning>,
         now: Instant,
     ) -> PerFamily<RouteIntent> {
-        let mut hops: PerFamily<BTreeSet<IpAddr>> = PerFamily::default();
+        let (mut hops, mut down) = self.hops(observed, warnings);
+        PerFamily::from_fn(|family| {
+            let mut hops = std::mem::take(hops.get_mut(family));
+            let there = self.predecessors_hops(observed, family);
+            let adopted = self.adopted.get_mut(family);
+            if *self.told.get(family) || !hops.is_empty() {
+                adopted.begin(&there, now);
+            }
+            let untold = adopted.hops(&there, now);
+            if hops.is_empty() {
+                // Where every LB is said to be down, what says so may be wrong,
+                // and no packet is better off without them. Those that nobody
+                // told of may be up; what is in the route beside them stays.
+                hops = std::mem::take(down.get_mut(family));
+                hops.retain(|hop| untold.is_empty() || there.contains(hop));
+            }
+            hops.extend(untold);
+            if hops.len() > MAX_HOPS {
+                warnings.insert(Warning::TooManyHops {
+                    family,
+                    wanted: hops.len(),
+                    planned: MAX_HOPS,
+                });
+                hops = hops.into_iter().take(MAX_HOPS).collect();
+            }
+            match (self.adopted.get(family).is_whole(), hops.is_empty()) {
+                (true, _) => RouteIntent::LeaveAlone,
+                (false, true) => RouteIntent::Absent,
+                (false, false) => RouteIntent::Via(hops),
+            }
+        })
+    }
+
+    /// The addresses that can be next hops: of LBs that are up, and of those that
+    /// are down.
+    fn hops(&self, observed: &Observed, warnings: &mut BTreeSet<Warning>) -> (Hops, Hops) {
+        let mut hops: Hops = PerFamily::default();
         let mut down = hops.clone();
         let bridge = observed.bridge().map(|link| link.index);
         let claims = self.claims();
@@ -68,36 +106,7 @@ impl Dataplane {
                 }
             }
         }
-        PerFamily::from_fn(|family| {
-            let mut hops = std::mem::take(hops.get_mut(family));
-            let there = self.predecessors_hops(observed, family);
-            let adopted = self.adopted.get_mut(family);
-            if *self.told.get(family) || !hops.is_empty() {
-                adopted.begin(&there, now);
-            }
-            let untold = adopted.hops(&there, now);
-            if hops.is_empty() {
-                // Where every LB is said to be down, what says so may be wrong,
-                // and no packet is better off without them. Those that nobody
-                // told of may be up; what is in the route beside them stays.
-                hops = std::mem::take(down.get_mut(family));
-                hops.retain(|hop| untold.is_empty() || there.contains(hop));
-            }
-            hops.extend(untold);
-            if hops.len() > MAX_HOPS {
-                warnings.insert(Warning::TooManyHops {
-                    family,
-                    wanted: hops.len(),
-                    planned: MAX_HOPS,
-                });
-                hops = hops.into_iter().take(MAX_HOPS).collect();
-            }
-            match (self.adopted.get(family).is_whole(), hops.is_empty()) {
-                (true, _) => RouteIntent::LeaveAlone,
-                (false, true) => RouteIntent::Absent,
-                (false, false) => RouteIntent::Via(hops),
-            }
-        })
+        (hops, down)
     }
 
     /// The hops of the observed route that may be LBs of which we were not
