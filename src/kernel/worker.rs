@@ -12,7 +12,7 @@ use super::error::{KernelError, OpError};
 use super::{EgressSink, NetMsg, Rtnl, said};
 use crate::core::dataplane::Dataplane;
 use crate::core::desired::{Desired, Warning};
-use crate::core::observed::Observed;
+use crate::core::observed::{LinkFact, Observed};
 use crate::core::plan::{self, KernelOp};
 use crate::sync::clock;
 use crate::sync::stop::Stop;
@@ -67,6 +67,13 @@ pub struct Net<K> {
     kernel: K,
     dataplane: Dataplane,
     observed: Observed,
+    /// The facts and the observation are those that the last plan was made of,
+    /// and nothing of it is left to do: another plan would be empty, and with
+    /// a thousand VIPs not for free.
+    settled: bool,
+    /// How many plans were made.
+    #[cfg(test)]
+    pub plans: usize,
     egress: EgressSink,
     /// The number of connected LBs that was last told on.
     connected: usize,
@@ -102,6 +109,9 @@ impl<K: Rtnl> Net<K> {
             kernel,
             dataplane,
             observed,
+            settled: false,
+            #[cfg(test)]
+            plans: 0,
             egress,
             connected: 0,
             resync_at: None,
@@ -122,9 +132,14 @@ impl<K: Rtnl> Net<K> {
         match message {
             NetMsg::Fact(event) => {
                 debug!("fact: {event}");
+                self.settled = false;
                 self.dataplane.apply(event);
             }
+            // The echo of what was done, or a change of what is not looked at.
+            NetMsg::Link(LinkFact::Seen(link))
+                if self.observed.named(&link.name) == Some(&link) => {}
             NetMsg::Link(fact) => {
+                self.settled = false;
                 if self.observed.link(fact) {
                     self.resync_by(now);
                 }
@@ -172,7 +187,15 @@ impl<K: Rtnl> Net<K> {
         if foreign || due(self.retry_at) || self.full_at <= now {
             drifted = self.resync(now);
         }
-        let (done, failed) = self.rounds(now);
+        // Some hops of a predecessor stay for a time.
+        if due(self.dataplane.next_deadline()) {
+            self.settled = false;
+        }
+        let (done, failed) = if self.settled {
+            (false, false)
+        } else {
+            self.rounds(now)
+        };
         if foreign && drifted && done {
             self.mends = self.mends.saturating_add(1);
             self.mended_at = now;
@@ -199,6 +222,10 @@ impl<K: Rtnl> Net<K> {
         let mut done = false;
         let mut at_rest = false;
         for _ in 0..ROUNDS {
+            #[cfg(test)]
+            {
+                self.plans += 1;
+            }
             let desired = self.dataplane.desired(&self.observed, now);
             let mut ops = plan::diff(&self.observed, &desired);
             self.warn(desired);
@@ -231,6 +258,7 @@ impl<K: Rtnl> Net<K> {
             error!("the kernel's state did not come to rest in {ROUNDS} rounds, to be tried again");
         }
         let again = !failed.is_empty() || !at_rest;
+        self.settled = !again;
         self.refused = failed;
         (done, again)
     }
@@ -282,6 +310,7 @@ impl<K: Rtnl> Net<K> {
                     info!("the kernel's state can be read again");
                 }
                 let drifted = self.observed != observed;
+                self.settled &= !drifted;
                 self.observed = observed;
                 drifted
             }

@@ -13,7 +13,7 @@ use crate::core::dataplane::Dataplane;
 use crate::core::event::Event;
 use crate::core::family::{Family, IpFamilies, PerFamily};
 use crate::core::ids::{EndpointName, IfName, PortKey, SegmentId};
-use crate::core::observed::{LinkFact, RouteKind};
+use crate::core::observed::{Link, LinkFact, RouteKind};
 use crate::core::op::{BRIDGE, KernelOp};
 use crate::sync::clock;
 use crate::sync::thread::{STACK_SMALL, Threads};
@@ -176,6 +176,31 @@ fn the_state_is_read_anew_every_minute_and_otherwise_not() {
     world.link("if1");
     world.lb("a", "if1", "172.16.0.5");
     assert_eq!(world.snapshots(), before);
+}
+
+#[test]
+fn no_plan_is_made_where_nothing_has_changed() {
+    let mut world = World::new();
+    world.link("if1");
+    world.lb("a", "if1", "172.16.0.5");
+    let link = (world.kernel).with(|state| state.named("if1").cloned().unwrap());
+    let before = world.net.plans;
+    // A dump that says the same, the echo of an operation, a turn for nothing.
+    world.take(NetMsg::Foreign);
+    world.tick();
+    world.take(NetMsg::Link(LinkFact::Seen(link.clone())));
+    world.net.turn(world.now);
+    assert_eq!(world.tick(), FULL);
+    assert_eq!(world.net.plans, before);
+    // One that says something else does not wait for anything more.
+    let down = LinkFact::Seen(Link {
+        carrier: false,
+        ..link
+    });
+    world.take(NetMsg::Link(down));
+    world.net.turn(world.now);
+    assert_eq!(world.hops(), 0);
+    assert!(world.net.plans > before);
 }
 
 #[test]
