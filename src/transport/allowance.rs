@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Instant;
 
 use super::frames::{Frame, Frames};
 use crate::rpc::env::{REQUEST_MAX, STREAMS_MAX, UNFINISHED_MAX};
@@ -57,6 +58,8 @@ pub(super) struct Allowance {
     unfinished: BTreeMap<u32, usize>,
     /// Their sum.
     held: usize,
+    /// Since when there has been a call without its end.
+    since: Option<Instant>,
 }
 
 impl Allowance {
@@ -67,7 +70,13 @@ impl Allowance {
             frames: Frames::after(PREFACE),
             unfinished: BTreeMap::new(),
             held: 0,
+            since: None,
         }
+    }
+
+    /// How many calls have no end yet, and since when there have been some.
+    pub(super) fn unfinished(&self) -> (usize, Option<Instant>) {
+        (self.unfinished.len(), self.since)
     }
 
     pub(super) fn peer(&self) -> &str {
@@ -79,9 +88,14 @@ impl Allowance {
     /// # Errors
     ///
     /// When the peer goes beyond what it may; then the connection shall end.
-    pub(super) fn scan(&mut self, mut bytes: &[u8]) -> Result<(), Excess> {
+    pub(super) fn scan(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), Excess> {
         while let Some(frame) = self.frames.next(&mut bytes) {
             self.take(frame)?;
+            if self.unfinished.is_empty() {
+                self.since = None;
+            } else {
+                self.since.get_or_insert(now);
+            }
         }
         Ok(())
     }
@@ -119,6 +133,7 @@ impl Allowance {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::clock;
 
     const END: u8 = FLAG_END_STREAM;
 
@@ -140,13 +155,14 @@ mod tests {
 
     /// What comes of these frames, however the bytes are cut.
     fn scan(frames: &[Vec<u8>]) -> Result<(), Excess> {
+        let now = clock::now();
         let mut bytes = vec![b'P'; PREFACE];
         bytes.extend(frames.concat());
         let results = [1, 8, 9, 10, 1000, bytes.len()].map(|size| {
             let mut allowance = Allowance::new("spiffe://td/a");
             bytes
                 .chunks(size)
-                .try_for_each(|piece| allowance.scan(piece))
+                .try_for_each(|piece| allowance.scan(piece, now))
         });
         assert!(results.iter().all(|result| *result == results[0]));
         results[0]
