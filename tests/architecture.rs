@@ -35,7 +35,7 @@ const UNSAFE: [&str; 10] = [
     "src/transport/descriptors.rs",
     "src/transport/dial.rs",
     "src/transport/fd_socket.rs",
-    "src/transport/manager.rs",
+    "src/transport/dialer.rs",
 ];
 
 /// What must not be named in `core/`, besides crates.

@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
@@ -80,30 +79,47 @@ impl<T> Future for Awaited<T> {
     }
 }
 
-/// Counts calls that wait for an answer.
+/// Counts calls that wait for an answer, and the bytes of their requests.
 #[derive(Debug, Default, Clone)]
-pub struct Permits(Arc<AtomicUsize>);
+pub struct Permits(Arc<Mutex<Taken>>);
+
+#[derive(Debug, Default)]
+struct Taken {
+    calls: usize,
+    bytes: usize,
+}
 
 /// One call of [`Permits`]; given back when dropped.
 #[derive(Debug)]
-pub struct Permit(Permits);
+pub struct Permit {
+    permits: Permits,
+    bytes: usize,
+}
 
 impl Permits {
-    /// A permit, unless `bound` are taken.
+    /// A permit for a request of so many bytes on the wire, unless with it there
+    /// were more calls or bytes than `calls_max` and `bytes_max`.
     #[must_use]
-    pub fn take(&self, bound: usize) -> Option<Permit> {
-        let taken = self
-            .0
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |taken| {
-                (taken < bound).then_some(taken + 1)
-            });
-        taken.ok().map(|_| Permit(self.clone()))
+    pub fn take(&self, bytes: usize, calls_max: usize, bytes_max: usize) -> Option<Permit> {
+        let mut taken = self.0.lock();
+        let sum = taken.bytes.checked_add(bytes)?;
+        if taken.calls >= calls_max || sum > bytes_max {
+            return None;
+        }
+        taken.calls += 1;
+        taken.bytes = sum;
+        Some(Permit {
+            permits: self.clone(),
+            bytes,
+        })
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::AcqRel);
+        let mut taken = self.permits.0.lock();
+        taken.calls -= 1;
+        taken.bytes -= self.bytes;
     }
 }
 
@@ -138,11 +154,14 @@ pub(super) mod tests {
     #[test]
     fn permits_are_bounded_and_come_back_with_the_answer() {
         let permits = Permits::default();
-        let first = permits.take(2);
-        let (pending, mut awaited) = reply::<u8>(permits.take(2));
-        assert!(first.is_some() && permits.take(2).is_none());
+        let take = |bytes| permits.take(bytes, 2, 10);
+        let first = take(4);
+        // Too many bytes, then too many calls.
+        assert!(first.is_some() && take(7).is_none() && take(usize::MAX).is_none());
+        let (pending, mut awaited) = reply::<u8>(take(6));
+        assert!(take(0).is_none());
         pending.answer(Ok(0));
         assert_eq!(answered(&mut awaited), Some(Ok(0)));
-        assert!(permits.take(2).is_some());
+        assert!(take(7).is_none() && take(6).is_some());
     }
 }

@@ -9,6 +9,7 @@ use grpcio::{
     UnarySink,
 };
 use log::debug;
+use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
 use super::convert::parse_rfc3339;
@@ -28,6 +29,8 @@ use crate::transport::server::PeerTable;
 
 /// Requests that may wait for an answer at a time.
 const REQUESTS_MAX: usize = 1024;
+/// Bytes of these, as they were sent: 32 KiB for each, or 32 of the largest.
+const REQUESTS_BYTES_MAX: usize = 32 * 1024 * 1024;
 /// The header with the caller's token (sdk pkg/tools/token/context.go).
 const TOKEN: &str = "nsm-client-token";
 /// The header with the time at which it expires.
@@ -91,8 +94,13 @@ impl Handlers {
         request: NetworkServiceRequest,
         sink: UnarySink<Connection>,
     ) {
-        let Some(permit) = self.permits.take(REQUESTS_MAX) else {
-            let text = format!("{REQUESTS_MAX} requests wait already");
+        let bytes = usize::try_from(request.compute_size()).unwrap_or(usize::MAX);
+        let permit = (self.permits).take(bytes, REQUESTS_MAX, REQUESTS_BYTES_MAX);
+        let Some(permit) = permit else {
+            let text = format!(
+                "with this one of {bytes} bytes more than {REQUESTS_MAX} requests or \
+                 {REQUESTS_BYTES_MAX} bytes would wait"
+            );
             let error = RpcError::status(Code::RESOURCE_EXHAUSTED, text);
             return fail(ctx, sink, &error);
         };

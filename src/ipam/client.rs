@@ -15,7 +15,6 @@ use crate::rpc::status::{Code, RpcError};
 use crate::sync::stop::Stop;
 use crate::sync::watch::Watch;
 use crate::transport::client::{Connection, Connector, ConnectorState};
-use crate::transport::error::ConnectError;
 
 /// Deadline of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
@@ -63,12 +62,7 @@ impl Client {
     ///
     /// Why there is none, in the words of gRPC.
     pub(super) fn connection(&self) -> Result<Arc<Connection>, RpcError> {
-        self.connector.current().map_err(|error| match error {
-            ConnectError::Deadline(why) => {
-                RpcError::status(Code::UNAVAILABLE, format!("no connection to IPAM: {why}"))
-            }
-            ConnectError::Stopped => RpcError::Cancelled,
-        })
+        Ok(self.connector.current()?)
     }
 
     /// Waits until there is a connection, or until `deadline`.

@@ -16,7 +16,6 @@ use crate::spiffe::jwt;
 use crate::sync::clock;
 use crate::sync::stop::Stop;
 use crate::transport::client::{Connection, Connector};
-use crate::transport::error::ConnectError;
 
 /// A peer that stops may cancel its calls before it says that it takes no more;
 /// this much later it has.
@@ -154,12 +153,7 @@ impl NsmCaller {
     }
 
     fn connect(&self, deadline: Instant, stop: &Stop) -> Result<Arc<Connection>, RpcError> {
-        self.connector
-            .acquire(deadline, stop)
-            .map_err(|error| match error {
-                ConnectError::Stopped => RpcError::Cancelled,
-                ConnectError::Deadline(_) => RpcError::status(Code::UNAVAILABLE, error.to_string()),
-            })
+        Ok(self.connector.acquire(deadline, stop)?)
     }
 
     /// The token headers for a call on `connection` (sdk, `pkg/tools/token`).

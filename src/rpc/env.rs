@@ -30,6 +30,9 @@ const REQUEST_METADATA_MAX: i32 = 64 * 1024;
 /// request is complete, so one connection must not be able to take them all:
 /// more than [`STREAMS_MAX`].
 const REQUEST_SLOTS: usize = 320;
+/// Of these, what connections together may hold for long; the rest is left for
+/// calls that come whole at once.
+pub const SLOTS_HELD_MAX: usize = REQUEST_SLOTS - 32;
 /// Streams that one connection to our servers may have open.
 pub const STREAMS_MAX: usize = 256;
 

@@ -10,12 +10,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Instant;
 
+use super::frames::{Frame, Frames};
 use crate::rpc::env::{REQUEST_MAX, STREAMS_MAX, UNFINISHED_MAX};
 
 /// The preface of a connection, before its first frame.
 const PREFACE: usize = 24;
-const HEADER: usize = 9;
 const TYPE_DATA: u8 = 0;
 const TYPE_HEADERS: u8 = 1;
 const TYPE_RST_STREAM: u8 = 3;
@@ -52,15 +53,13 @@ impl fmt::Display for Excess {
 #[derive(Debug)]
 pub(super) struct Allowance {
     peer: String,
-    header: [u8; HEADER],
-    /// Bytes of the header that are there.
-    have: usize,
-    /// Bytes still to be skipped.
-    skip: usize,
+    frames: Frames,
     /// The bytes of DATA of each call whose end has not come.
     unfinished: BTreeMap<u32, usize>,
     /// Their sum.
     held: usize,
+    /// Since when there has been a call without its end.
+    since: Option<Instant>,
 }
 
 impl Allowance {
@@ -68,12 +67,16 @@ impl Allowance {
     pub(super) fn new(peer: &str) -> Self {
         Self {
             peer: peer.to_owned(),
-            header: [0; HEADER],
-            have: 0,
-            skip: PREFACE,
+            frames: Frames::after(PREFACE),
             unfinished: BTreeMap::new(),
             held: 0,
+            since: None,
         }
+    }
+
+    /// How many calls have no end yet, and since when there have been some.
+    pub(super) fn unfinished(&self) -> (usize, Option<Instant>) {
+        (self.unfinished.len(), self.since)
     }
 
     pub(super) fn peer(&self) -> &str {
@@ -85,36 +88,28 @@ impl Allowance {
     /// # Errors
     ///
     /// When the peer goes beyond what it may; then the connection shall end.
-    pub(super) fn scan(&mut self, mut bytes: &[u8]) -> Result<(), Excess> {
-        while !bytes.is_empty() {
-            let skipped = self.skip.min(bytes.len());
-            self.skip -= skipped;
-            bytes = &bytes[skipped..];
-            let take = (HEADER - self.have).min(bytes.len());
-            self.header[self.have..self.have + take].copy_from_slice(&bytes[..take]);
-            self.have += take;
-            bytes = &bytes[take..];
-            if self.have == HEADER {
-                self.frame()?;
+    pub(super) fn scan(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), Excess> {
+        while let Some(frame) = self.frames.next(&mut bytes) {
+            self.take(frame)?;
+            if self.unfinished.is_empty() {
+                self.since = None;
+            } else {
+                self.since.get_or_insert(now);
             }
         }
         Ok(())
     }
 
-    fn frame(&mut self) -> Result<(), Excess> {
-        let [high, middle, low, kind, flags, id @ ..] = self.header;
-        self.have = 0;
-        self.skip = (usize::from(high) << 16) | (usize::from(middle) << 8) | usize::from(low);
-        // The first bit is reserved.
-        let id = u32::from_be_bytes(id) & (u32::MAX >> 1);
-        match kind {
+    fn take(&mut self, frame: Frame) -> Result<(), Excess> {
+        let id = frame.stream;
+        match frame.kind {
             TYPE_HEADERS => {
                 self.unfinished.entry(id).or_default();
             }
             TYPE_DATA => {
                 let sent = self.unfinished.entry(id).or_default();
-                *sent += self.skip;
-                self.held += self.skip;
+                *sent += frame.length;
+                self.held += frame.length;
                 if *sent > CALL_MAX {
                     return Err(Excess::Bytes);
                 }
@@ -125,7 +120,7 @@ impl Allowance {
             TYPE_RST_STREAM => {}
             _ => return Ok(()),
         }
-        if kind == TYPE_RST_STREAM || flags & FLAG_END_STREAM != 0 {
+        if frame.kind == TYPE_RST_STREAM || frame.flags & FLAG_END_STREAM != 0 {
             self.held -= self.unfinished.remove(&id).unwrap_or_default();
         }
         if self.unfinished.len() > STREAMS_MAX {
@@ -138,6 +133,7 @@ impl Allowance {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::clock;
 
     const END: u8 = FLAG_END_STREAM;
 
@@ -159,13 +155,14 @@ mod tests {
 
     /// What comes of these frames, however the bytes are cut.
     fn scan(frames: &[Vec<u8>]) -> Result<(), Excess> {
+        let now = clock::now();
         let mut bytes = vec![b'P'; PREFACE];
         bytes.extend(frames.concat());
         let results = [1, 8, 9, 10, 1000, bytes.len()].map(|size| {
             let mut allowance = Allowance::new("spiffe://td/a");
             bytes
                 .chunks(size)
-                .try_for_each(|piece| allowance.scan(piece))
+                .try_for_each(|piece| allowance.scan(piece, now))
         });
         assert!(results.iter().all(|result| *result == results[0]));
         results[0]

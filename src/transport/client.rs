@@ -14,9 +14,9 @@ use parking_lot::Mutex;
 
 use super::dial;
 pub use super::dial::Resolve;
+use super::dialer::Dialer;
 use super::error::ConnectError;
 use super::link::LinkHandle;
-use super::manager::Manager;
 use super::relay::end_by;
 use crate::rpc::env::Rpc;
 use crate::spiffe::{Identity, PeerIdentity, SvidCell};
@@ -105,7 +105,7 @@ struct Running {
 }
 
 impl Connector {
-    /// Starts the manager thread `conn-<name>`, with the relay `tls-<name>`; it
+    /// Starts the dialer thread `conn-<name>`, with the relay `tls-<name>`; it
     /// dials at once, or as soon as there is an identity.
     ///
     /// # Errors
@@ -136,7 +136,7 @@ impl Connector {
         let current = Watch::new(None);
         let (stopper, ended) = stop_pair();
         let name = format!("conn-{}", options.name);
-        let manager = Manager::new(
+        let dialer = Dialer::new(
             threads,
             rpc.clone(),
             svid,
@@ -145,9 +145,9 @@ impl Connector {
             state.clone(),
             current.clone(),
         )?;
-        let wake = Arc::clone(manager.wake());
+        let wake = Arc::clone(dialer.wake());
         // Large, since the C library resolves names on it.
-        let thread = threads.spawn(&name, STACK_LARGE, move |stop| manager.run(&stop))?;
+        let thread = threads.spawn(&name, STACK_LARGE, move |stop| dialer.run(&stop))?;
         let running = Mutex::new(Some(Running {
             thread,
             ended: Some(stopper),
@@ -228,7 +228,7 @@ impl Connector {
         &self.state
     }
 
-    /// Ends the connection and the manager thread; later calls of `acquire`
+    /// Ends the connection and the dialer thread; later calls of `acquire`
     /// fail with `Stopped`. The thread's name when it did not end by `deadline`;
     /// it is left alone then.
     pub fn close(&self, deadline: Instant) -> Option<String> {
@@ -237,12 +237,12 @@ impl Connector {
         let late = end_by(running.thread, deadline);
         if let Some(thread) = &late {
             // Resolving a name is the one thing that cannot be broken off.
-            warn!(thread = thread.as_str(); "connection manager did not end in time");
+            warn!(thread = thread.as_str(); "connection dialer did not end in time");
         }
         late
     }
 
-    /// Tells the manager thread to stop, without waiting.
+    /// Tells the dialer thread to stop, without waiting.
     fn stop(&self) {
         if let Some(running) = self.shared.running.lock().as_mut() {
             running.ended = None;

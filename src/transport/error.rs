@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::rpc::status::{Code, RpcError};
+
 /// Why no connection could be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectError {
@@ -25,6 +27,16 @@ impl fmt::Display for ConnectError {
 }
 
 impl std::error::Error for ConnectError {}
+
+/// What a call comes to for which there is no connection, in gRPC's words.
+impl From<ConnectError> for RpcError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Deadline(_) => Self::status(Code::UNAVAILABLE, error.to_string()),
+            ConnectError::Stopped => Self::Cancelled,
+        }
+    }
+}
 
 impl fmt::Display for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -229,3 +229,43 @@ fn send_attached(socket: BorrowedFd<'_>, byte: u8, fd: BorrowedFd<'_>) -> io::Re
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A descriptor, and what tells that it is closed.
+    fn watched() -> (UnixStream, OwnedFd) {
+        let (witness, fd) = UnixStream::pair().unwrap();
+        witness.set_nonblocking(true).unwrap();
+        (witness, fd.into())
+    }
+
+    fn is_closed(mut witness: UnixStream) -> bool {
+        witness.read(&mut [0]).is_ok_and(|count| count == 0)
+    }
+
+    #[test]
+    fn what_waits_is_bounded_and_closed_with_the_connection() {
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        let socket = FdSocket::new(Socket::Unix(socket));
+        let queue = socket.queue().clone();
+        let waiting: Vec<_> = (0..QUEUE_MAX)
+            .map(|number| {
+                let (witness, fd) = watched();
+                assert!(queue.push(fd), "{number}");
+                witness
+            })
+            .collect();
+        // One more is refused, and not kept.
+        let (witness, fd) = watched();
+        assert!(!queue.push(fd));
+        assert!(is_closed(witness));
+        drop(socket);
+        assert!(waiting.into_iter().all(is_closed));
+        // What comes after the end is no fault, and not kept either.
+        let (witness, fd) = watched();
+        assert!(queue.push(fd));
+        assert!(is_closed(witness));
+    }
+}

@@ -1,11 +1,69 @@
-//! As much of HTTP/2 as the relay looks at: the headers of the frames that a
-//! server sends (RFC 9113, 4.1). The first SETTINGS tells that the server has
-//! accepted our certificate; a GOAWAY that it takes no new calls.
+//! As much of HTTP/2 as the relay looks at: the headers of frames (RFC 9113,
+//! 4.1). Of what a server sends, the first SETTINGS tells that it has accepted
+//! our certificate, and a GOAWAY that it takes no new calls.
 
 const HEADER: usize = 9;
 const TYPE_SETTINGS: u8 = 4;
 const TYPE_GOAWAY: u8 = 7;
 const FLAG_ACK: u8 = 1;
+
+/// The header of a frame.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Frame {
+    /// Bytes of its payload.
+    pub length: usize,
+    pub kind: u8,
+    pub flags: u8,
+    /// The call that it belongs to; 0 for the connection.
+    pub stream: u32,
+}
+
+/// Finds the headers of frames in bytes that come in pieces.
+#[derive(Debug)]
+pub(super) struct Frames {
+    header: [u8; HEADER],
+    /// Bytes of the header that are there.
+    have: usize,
+    /// Bytes still to be skipped.
+    skip: usize,
+}
+
+impl Frames {
+    /// The first frame comes after `preface` bytes.
+    pub(super) fn after(preface: usize) -> Self {
+        Self {
+            header: [0; HEADER],
+            have: 0,
+            skip: preface,
+        }
+    }
+
+    /// Takes of `bytes` what comes before the end of the next header; `None`
+    /// when that is all of them.
+    pub(super) fn next(&mut self, bytes: &mut &[u8]) -> Option<Frame> {
+        let skipped = self.skip.min(bytes.len());
+        self.skip -= skipped;
+        let rest = &bytes[skipped..];
+        let take = (HEADER - self.have).min(rest.len());
+        self.header[self.have..self.have + take].copy_from_slice(&rest[..take]);
+        self.have += take;
+        *bytes = &rest[take..];
+        if self.have < HEADER {
+            return None;
+        }
+        let [high, middle, low, kind, flags, stream @ ..] = self.header;
+        let length = (usize::from(high) << 16) | (usize::from(middle) << 8) | usize::from(low);
+        self.have = 0;
+        self.skip = length;
+        Some(Frame {
+            length,
+            kind,
+            flags,
+            // The first bit is reserved.
+            stream: u32::from_be_bytes(stream) & (u32::MAX >> 1),
+        })
+    }
+}
 
 /// What the bytes seen so far amount to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,23 +78,17 @@ pub(super) enum Seen {
     Other,
 }
 
-/// Walks over the frames of one direction of one connection.
+/// Walks over the frames that a server sends on one connection.
 #[derive(Debug)]
 pub(super) struct Walker {
-    header: [u8; HEADER],
-    /// Bytes of the header that are there.
-    have: usize,
-    /// Bytes of the payload still to be skipped.
-    skip: usize,
+    frames: Frames,
     seen: Seen,
 }
 
 impl Walker {
     pub(super) fn new() -> Self {
         Self {
-            header: [0; HEADER],
-            have: 0,
-            skip: 0,
+            frames: Frames::after(0),
             seen: Seen::Nothing,
         }
     }
@@ -48,31 +100,17 @@ impl Walker {
 
     /// Takes the next bytes; returns the furthest that was seen so far.
     pub(super) fn scan(&mut self, mut bytes: &[u8]) -> Seen {
-        while !bytes.is_empty() && self.seen < Seen::GoAway {
-            let skipped = self.skip.min(bytes.len());
-            self.skip -= skipped;
-            bytes = &bytes[skipped..];
-            let take = (HEADER - self.have).min(bytes.len());
-            self.header[self.have..self.have + take].copy_from_slice(&bytes[..take]);
-            self.have += take;
-            bytes = &bytes[take..];
-            if self.have == HEADER {
-                self.frame();
-            }
+        while self.seen < Seen::GoAway
+            && let Some(frame) = self.frames.next(&mut bytes)
+        {
+            self.seen = match (self.seen, frame.kind) {
+                (Seen::Nothing, TYPE_SETTINGS) if frame.flags & FLAG_ACK == 0 => Seen::Settings,
+                (Seen::Nothing, _) => Seen::Other,
+                (_, TYPE_GOAWAY) => Seen::GoAway,
+                (seen, _) => seen,
+            };
         }
         self.seen
-    }
-
-    fn frame(&mut self) {
-        let [high, middle, low, kind, flags, ..] = self.header;
-        self.have = 0;
-        self.skip = (usize::from(high) << 16) | (usize::from(middle) << 8) | usize::from(low);
-        self.seen = match (self.seen, kind) {
-            (Seen::Nothing, TYPE_SETTINGS) if flags & FLAG_ACK == 0 => Seen::Settings,
-            (Seen::Nothing, _) => Seen::Other,
-            (_, TYPE_GOAWAY) => Seen::GoAway,
-            (seen, _) => seen,
-        };
     }
 }
 

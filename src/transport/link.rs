@@ -163,6 +163,12 @@ impl Link {
         self.allowance = Some(allowance);
     }
 
+    /// How many calls of the peer have no end yet, and since when there have
+    /// been some.
+    pub(super) fn unfinished(&self) -> (usize, Option<Instant>) {
+        (self.allowance.as_ref()).map_or((0, None), Allowance::unfinished)
+    }
+
     pub(super) fn set_on_end(&mut self, on_end: OnEnd) {
         self.on_end = Some(on_end);
     }
@@ -303,11 +309,9 @@ impl Link {
         }
         let bytes = self.down.filled(count);
         if let Some(allowance) = &mut self.allowance
-            && let Err(excess) = allowance.scan(bytes)
+            && let Err(excess) = allowance.scan(bytes, now)
         {
-            warn!(peer = allowance.peer(); "the connection is cut: {excess}");
-            self.down.clear();
-            self.peer_gone("the peer sent more than it may", now);
+            self.cut(&excess.to_string(), now);
             return;
         }
         let Some(walker) = &mut self.walker else {
@@ -368,6 +372,16 @@ impl Link {
                 notified: false,
             };
         }
+    }
+
+    /// Ends the link of a peer that goes beyond what it may.
+    pub(super) fn cut(&mut self, why: &str, now: Instant) {
+        let peer = self.allowance.take();
+        let peer = peer.as_ref().map_or("", Allowance::peer);
+        warn!(peer; "the connection is cut: {why}");
+        self.down.clear();
+        self.peer_gone("the peer sent more than it may", now);
+        self.settle(now);
     }
 
     fn write_failed(&mut self, reason: String, now: Instant) {

@@ -8,7 +8,7 @@
 //! not verified.
 //!
 //! ```text
-//! client: Connector -- manager (conn-<name>): dial, tls, then a link --+
+//! client: Connector -- dialer (conn-<name>): dial, tls, then a link ---+
 //! server: TlsServer -- accept (tls-accept): listener, tls, a link -----+
 //!                                                                      v
 //!         relay (tls-<name>, relay-in): link = tls session <-> gRPC's socket pair
@@ -25,12 +25,12 @@ pub mod client;
 mod complaints;
 pub mod descriptors;
 mod dial;
+mod dialer;
 pub mod error;
 mod fd_socket;
 mod frames;
 mod link;
 mod listener;
-mod manager;
 mod relay;
 pub mod server;
 mod tls;

@@ -10,6 +10,7 @@ use log::error;
 use parking_lot::Mutex;
 
 use super::link::Link;
+use crate::rpc::env::SLOTS_HELD_MAX;
 use crate::sync::clock;
 use crate::sync::poll::{self, Interest, Readiness, WakeFd};
 use crate::sync::stop::Stop;
@@ -17,6 +18,9 @@ use crate::sync::thread::{Joined, STACK_SMALL, ThreadHandle, Threads};
 
 /// How long the last bytes of all connections may take when the relay stops.
 const STOP_LINGER: Duration = Duration::from_millis(250);
+
+/// How long the rest of a peer's request may take while gRPC's slots run out.
+const SLOT_LIMIT: Duration = Duration::from_secs(1);
 
 /// A running relay. Dropping it ends its connections.
 pub(super) struct Relay {
@@ -111,11 +115,18 @@ fn run(inbox: &Mutex<Vec<Link>>, wake: &WakeFd, stop: &Stop) {
         }
         let now = clock::now();
         let more = turn(&mut links, &ready, all, now);
+        let freed = free_slots(&mut links, now);
         links.retain(|link| !link.is_over());
         if limit.is_some_and(|limit| links.is_empty() || now >= limit) {
             return;
         }
-        match wait(&links, wake, more, limit, now) {
+        match wait(
+            &links,
+            wake,
+            more,
+            limit.into_iter().chain(freed).min(),
+            now,
+        ) {
             Ok((woken, found)) => {
                 all = woken;
                 ready = found;
@@ -141,6 +152,30 @@ fn turn(links: &mut [Link], ready: &[Readiness], all: bool, now: Instant) -> boo
         }
     }
     more
+}
+
+/// Each call holds one of gRPC's slots until its request is complete, whichever
+/// connection it is on, and without a slot no peer is served, nor the own probe.
+/// While too many are held, the connections are cut that have held the most of
+/// them for too long. When the next one is due.
+fn free_slots(links: &mut [Link], now: Instant) -> Option<Instant> {
+    let mut held: usize = links.iter().map(|link| link.unfinished().0).sum();
+    while held > SLOTS_HELD_MAX {
+        let due = |link: &Link| Some(link.unfinished().1? + SLOT_LIMIT);
+        let next = links.iter().filter_map(due).min()?;
+        let most = links
+            .iter_mut()
+            .filter(|link| due(link).is_some_and(|due| due <= now))
+            .max_by_key(|link| link.unfinished().0);
+        let Some(link) = most else {
+            return Some(next);
+        };
+        let count = link.unfinished().0;
+        held -= count;
+        let why = format!("{count} calls without their end take the places of others");
+        link.cut(&why, now);
+    }
+    None
 }
 
 /// Waits; whether all links want a turn, and the readiness of each pair.

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use meridio_proxy::rpc::env::REQUEST_MAX;
+use meridio_proxy::sync::clock;
 use openssl::ssl::{SslStream, SslVersion};
 
 use crate::calls::open;
@@ -205,4 +206,35 @@ fn a_greedy_peer_starves_nobody() {
     assert!(!stays(1, u32::MAX, 1 << 30));
     // More calls than there may be.
     assert!(!stays(300, most, 10));
+}
+
+/// Calls that do not end, on more connections than one may have them on, take
+/// nothing from others; a patient peer with few is left alone.
+#[test]
+fn calls_without_an_end_on_many_connections_starve_nobody() {
+    let rig = Rig::new();
+    let path = rig.path("s.sock");
+    let _server = rig.serve(rig.server_cell(), &path);
+    let mut patient = Greedy::connect(&rig, &path);
+    patient.pull();
+    patient.call(0, 10, 10);
+    let mut many: Vec<_> = (0..4).map(|_| Greedy::connect(&rig, &path)).collect();
+    for greedy in &mut many {
+        greedy.pull();
+        for number in 0..200 {
+            greedy.call(number, 10, 10);
+        }
+    }
+    let connector = rig.connect_unix(rig.client_cell(), &path);
+    let connection = rig.acquire(&connector);
+    for _ in 0..20 {
+        rig.echo(&connection, "n", &[]).unwrap();
+    }
+    let deadline = soon();
+    while clock::now() < deadline && many.iter().filter(|one| one.is_over).count() < 3 {
+        many.iter_mut().for_each(Greedy::pull);
+    }
+    assert_eq!(many.iter().filter(|one| one.is_over).count(), 3);
+    patient.pull();
+    assert!(!patient.is_over);
 }

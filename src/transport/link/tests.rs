@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::sync::clock;
+use crate::transport::dialer::pair;
 use crate::transport::fd_socket::Socket;
-use crate::transport::manager::pair;
 use openssl::ssl::{Ssl, SslContext, SslMethod, SslVersion};
 
 /// Both ends of a session, without certificates, which no link looks at.

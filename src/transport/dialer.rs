@@ -34,7 +34,7 @@ const RESOLVED_SLOWLY: Duration = Duration::from_secs(1);
 /// Time for the relay to send the last bytes at the end.
 const RELAY_LIMIT: Duration = Duration::from_millis(500);
 
-pub(super) struct Manager {
+pub(super) struct Dialer {
     rpc: Rpc,
     svid: SvidCell,
     options: ConnectorOptions,
@@ -71,7 +71,7 @@ struct Superseded {
     until: Instant,
 }
 
-impl Manager {
+impl Dialer {
     pub(super) fn new(
         threads: &Threads,
         rpc: Rpc,
