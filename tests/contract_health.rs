@@ -6,7 +6,8 @@
     reason = "helpers of tests end by panicking too"
 )]
 
-use std::os::unix::net::UnixListener;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -208,6 +209,39 @@ fn a_stale_socket_is_replaced_and_a_file_is_not() {
         .unwrap_err();
     assert!(error.to_string().contains("is no socket"), "{error}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+/// Whoever says nothing, no HTTP/2, or too much, takes nothing from a probe.
+#[test]
+fn nonsense_at_the_socket_disturbs_no_probe() {
+    let directory = Directory::new("nonsense");
+    let path = directory.0.join("health.sock");
+    let (rpc, cell) = (Rpc::new(), HealthCell::new());
+    let server = HealthServer::start(&rpc, &path, &cell).unwrap();
+    let channel = channel(&rpc, &path);
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let silent: Vec<_> = (0..50)
+        .map(|_| UnixStream::connect(&path).unwrap())
+        .collect();
+    for garbage in [
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        vec![0xff; 100_000],
+        [&preface[..], &[0xff; 1000]].concat(),
+    ] {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        // It may be closed before all of it is taken.
+        let _ = stream.write_all(&garbage);
+        let ended = stream.read_to_end(&mut Vec::new());
+        let is_late = |error: &std::io::Error| error.kind() == std::io::ErrorKind::WouldBlock;
+        assert!(!ended.as_ref().is_err_and(is_late), "{ended:?}");
+        assert_eq!(check(&channel, "").unwrap(), ServingStatus::SERVING);
+    }
+    let error = check(&channel, &"x".repeat(5 << 20)).unwrap_err();
+    assert_eq!(error.code(), Some(Code::RESOURCE_EXHAUSTED), "{error}");
+    assert_eq!(check(&channel, "").unwrap(), ServingStatus::SERVING);
+    drop(silent);
+    server.stop();
 }
 
 #[test]
