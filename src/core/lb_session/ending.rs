@@ -42,7 +42,7 @@ impl<C: Clone> Closing<C> {
 }
 
 impl<C: Clone> LbSession<C> {
-    /// The outcome of [`SessionAction::Close`](super::SessionAction::Close); whether it will be made again.
+    /// The outcome of [`SessionAction::Close`]; whether it will be made again.
     ///
     /// nsmgr forgets most connections whose Close fails, so that the next one is
     /// answered and does nothing (sdk
