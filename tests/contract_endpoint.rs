@@ -396,6 +396,8 @@ fn many_targets_with_a_stream_each() {
 #[test]
 fn a_node_full_of_targets_at_once() {
     const TARGETS: usize = 120;
+    // The peers are in this process, too.
+    meridio_proxy::transport::descriptors::raise_limit();
     let world = World::new(|_| {});
     let forwarders: Vec<Forwarder> = (0..TARGETS).map(|_| world.forwarder()).collect();
     let (tx, rx) = bounded(TARGETS);
