@@ -273,7 +273,7 @@ impl Watch<'_> {
         // Otherwise the lost packets of one step would be the next one's, too.
         let recovered = (self.traffic).all_answered_since(self.traffic.mark(), LIMIT);
         let step = self.traffic.step(mark);
-        let gap = self.lab.without_ipv6_route()? - before;
+        let gap = self.lab.without_ipv6_route()?.saturating_sub(before);
         let excused = usize::try_from(gap).unwrap_or_default().min(GAP_MAX);
         let held = recovered
             && match demand {

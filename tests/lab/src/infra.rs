@@ -54,6 +54,23 @@ impl Infra {
                 }
             }",
         )?;
+        // What targets send from VIPs, before and after the kernel has looked for
+        // a route.
+        nft::apply(
+            &pod,
+            "table inet lab {
+                counter vip6_in { }
+                counter vip6_routed { }
+                chain prerouting {
+                    type filter hook prerouting priority raw; policy accept;
+                    iifname \"bridge0\" ip6 saddr != { fd00::/64, fe80::/10, :: } counter name vip6_in
+                }
+                chain forward {
+                    type filter hook forward priority filter; policy accept;
+                    iifname \"bridge0\" ip6 saddr != { fd00::/64, fe80::/10, :: } counter name vip6_routed
+                }
+            }",
+        )?;
         Ok((Self { netns }, pod))
     }
 

@@ -23,6 +23,7 @@ use crate::ipam::{Ipam, IpamOptions};
 use crate::lb::{Lb, Targets};
 use crate::link::{Rtnl, host};
 use crate::netns::Netns;
+use crate::nft;
 use crate::nsmgr::{Nsmgr, NsmgrOptions, TargetRequest};
 use crate::nsp::Nsp;
 use crate::pki::Pki;
@@ -381,15 +382,17 @@ impl Topology {
         Ok(())
     }
 
-    /// Packets for which the pod's kernel had no IPv6 route: an IPv6 multipath
-    /// route is replaced hop by hop, and a packet that comes in between may
-    /// find none (net/ipv6/route.c, `ip6_route_multipath_add`).
+    /// Packets of VIPs that came to the pod's kernel, and for which it had no IPv6
+    /// route: a multipath route is replaced hop by hop, and a packet that comes in
+    /// between may find none (net/ipv6/route.c, `ip6_route_multipath_add`). What
+    /// the fallback route drops, no counter of the kernel tells.
     pub fn without_ipv6_route(&self) -> Result<u64, String> {
-        let read = || std::fs::read_to_string("/proc/thread-self/net/snmp6");
-        let table = self.pod.try_run(read).map_err(text)?;
-        let line = table.lines().find_map(|l| l.strip_prefix("Ip6InNoRoutes"));
-        (line.and_then(|number| number.trim().parse().ok()))
-            .ok_or_else(|| "no Ip6InNoRoutes in snmp6".to_owned())
+        let counters = nft::counters(&self.pod).map_err(text)?;
+        let count = |name: &str| {
+            (counters.get(name).copied()).ok_or_else(|| format!("no counter {name} in the pod"))
+        };
+        // The two are not read in the same moment.
+        Ok(count("vip6_in")?.saturating_sub(count("vip6_routed")?))
     }
 
     /// Starts steady traffic: so many flows to each VIP, all answered once.
