@@ -130,13 +130,17 @@ impl Monitor {
         let mut command = Command::new("ip");
         command.args(["-o", "monitor", object]);
         let monitor = Self(command.stdout(Stdio::piped()).spawn().unwrap());
+        // The links are dumped on the socket that watches, and what it is told
+        // meanwhile is skipped; the one after it is opened when that is over
+        // (iproute2 ip/ipmonitor.c).
+        let folder = format!("/proc/{}/fd", monitor.0.id());
         eventually("watching", || {
-            let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
-            let pid = monitor.0.id().to_string();
-            let there = sockets
-                .lines()
-                .any(|line| line.split_whitespace().nth(2) == Some(&pid));
-            there.then_some(()).ok_or(sockets)
+            let fds = std::fs::read_dir(&folder).unwrap();
+            let sockets = fds
+                .filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok())
+                .filter(|to| to.to_string_lossy().starts_with("socket:"))
+                .count();
+            (sockets == 2).then_some(()).ok_or(sockets)
         });
         monitor
     }
