@@ -28,6 +28,7 @@ import (
 	registrynull "github.com/networkservicemesh/sdk/pkg/registry/common/null"
 	registrysendfd "github.com/networkservicemesh/sdk/pkg/registry/common/sendfd"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -246,7 +247,7 @@ func (b *balancer) apply() error {
 
 // forget removes what is known of a neighbour.
 func forget(ip net.IP) {
-	known, err := netlink.NeighList(0, family(ip))
+	known, err := netlink.NeighList(0, nl.GetIPFamily(ip))
 	if err != nil {
 		return
 	}

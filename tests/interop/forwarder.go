@@ -6,7 +6,6 @@ import (
 	"net/url"
 	"os"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/golang/protobuf/ptypes/empty"
@@ -15,6 +14,8 @@ import (
 	kernelmech "github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/kernel"
 	"github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/memif"
 	registryapi "github.com/networkservicemesh/api/pkg/api/registry"
+	"github.com/networkservicemesh/sdk-kernel/pkg/kernel/networkservice/connectioncontextkernel"
+	"github.com/networkservicemesh/sdk-kernel/pkg/kernel/networkservice/ethernetcontext"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/endpoint"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/authorize"
@@ -25,7 +26,6 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/recvfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanismtranslation"
-	"github.com/networkservicemesh/sdk/pkg/networkservice/common/null"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/common/roundrobin"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/core/next"
 	registryclient "github.com/networkservicemesh/sdk/pkg/registry/chains/client"
@@ -35,8 +35,9 @@ import (
 	"google.golang.org/grpc"
 )
 
-// runForwarder is a kernel forwarder in the order of forwarder-vpp's chain;
-// only the data plane elements are ours (veth.go). The command `pairs` on
+// runForwarder is a kernel forwarder in the order of forwarder-vpp's chain, of
+// SDK's and sdk-kernel's elements; only what joins the two namespaces is ours,
+// a pair of veths in place of VPP (veth.go). The command `pairs` on
 // standard input tells which connections have a pair of interfaces.
 func runForwarder(ctx context.Context) error {
 	own, err := newIdentity(ctx)
@@ -65,10 +66,11 @@ func runForwarder(ctx context.Context) error {
 			sendfd.NewServer(),
 			discover.NewServer(services, nses),
 			roundrobin.NewServer(),
+			connectioncontextkernel.NewServer(),
+			ethernetcontext.NewVFServer(),
 			mechanisms.NewServer(map[string]networkservice.NetworkServiceServer{
-				kernelmech.MECHANISM: null.NewServer(),
+				kernelmech.MECHANISM: &vethServer{},
 			}),
-			&crossConnectServer{plane: plane},
 			connect.NewServer(client.NewClient(ctx,
 				client.WithoutRefresh(),
 				client.WithName(name),
@@ -76,7 +78,8 @@ func runForwarder(ctx context.Context) error {
 				client.WithDialTimeout(750*time.Millisecond),
 				client.WithAdditionalFunctionality(
 					mechanismtranslation.NewClient(),
-					&crossConnectClient{},
+					connectioncontextkernel.NewClient(),
+					&vethClient{plane: plane},
 					filtermechanisms.NewClient(),
 					recvfd.NewClient(),
 					sendfd.NewClient(),
@@ -107,68 +110,51 @@ func runForwarder(ctx context.Context) error {
 	return serve(ctx, server, listen)
 }
 
-// ends of one connection, filled from both sides of the chain in one Request.
-type ends struct {
-	mu  sync.Mutex
-	nse *networkservice.Mechanism
+// clientMechanism is what the client's side of the chain has chosen, for the
+// endpoint's side of it.
+type clientMechanism struct{}
+
+// vethServer tells the client element where the client wants its interface.
+type vethServer struct{}
+
+func (*vethServer) Request(ctx context.Context, request *networkservice.NetworkServiceRequest) (*networkservice.Connection, error) {
+	chosen := request.GetConnection().GetMechanism().Clone()
+	return next.Server(ctx).Request(context.WithValue(ctx, clientMechanism{}, chosen), request)
 }
 
-type endsKey struct{}
-
-// crossConnectServer joins the client's and the endpoint's namespace once the
-// endpoint has answered.
-type crossConnectServer struct{ plane *dataplane }
-
-func (s *crossConnectServer) Request(ctx context.Context, request *networkservice.NetworkServiceRequest) (*networkservice.Connection, error) {
-	both := &ends{}
-	closeCtx := postpone.ContextWithValues(ctx)
-	_, known := s.plane.get(request.GetConnection().GetId())
-	conn, err := next.Server(ctx).Request(context.WithValue(ctx, endsKey{}, both), request)
-	if err != nil {
-		return nil, err
-	}
-	both.mu.Lock()
-	nse := both.nse
-	both.mu.Unlock()
-	if err := s.plane.connect(conn, nse); err != nil {
-		if !known {
-			ctx, cancel := closeCtx()
-			defer cancel()
-			_, _ = next.Server(ctx).Close(ctx, conn)
-		}
-		return nil, err
-	}
-	return conn, nil
+func (*vethServer) Close(ctx context.Context, conn *networkservice.Connection) (*empty.Empty, error) {
+	return next.Server(ctx).Close(ctx, conn)
 }
 
-func (s *crossConnectServer) Close(ctx context.Context, conn *networkservice.Connection) (*empty.Empty, error) {
-	_, err := next.Server(ctx).Close(ctx, conn)
-	s.plane.disconnect(conn.GetId())
-	return &empty.Empty{}, err
-}
+// vethClient offers what forwarder-vpp offers, and joins the client's and the
+// endpoint's namespace once the endpoint has answered: before sdk-kernel's
+// client elements configure the endpoint's interface, and after them its server
+// elements the client's.
+type vethClient struct{ plane *dataplane }
 
-// crossConnectClient offers what forwarder-vpp offers, and tells the server
-// what the endpoint has chosen.
-type crossConnectClient struct{}
-
-func (*crossConnectClient) Request(ctx context.Context, request *networkservice.NetworkServiceRequest, opts ...grpc.CallOption) (*networkservice.Connection, error) {
+func (c *vethClient) Request(ctx context.Context, request *networkservice.NetworkServiceRequest, opts ...grpc.CallOption) (*networkservice.Connection, error) {
 	for _, kind := range []string{memif.MECHANISM, kernelmech.MECHANISM} {
 		request.MechanismPreferences = append(request.MechanismPreferences, &networkservice.Mechanism{
 			Cls: cls.LOCAL, Type: kind, Parameters: map[string]string{},
 		})
 	}
+	closeCtx := postpone.ContextWithValues(ctx)
 	conn, err := next.Client(ctx).Request(ctx, request, opts...)
 	if err != nil {
 		return nil, err
 	}
-	if both, ok := ctx.Value(endsKey{}).(*ends); ok {
-		both.mu.Lock()
-		both.nse = conn.GetMechanism().Clone()
-		both.mu.Unlock()
+	chosen, _ := ctx.Value(clientMechanism{}).(*networkservice.Mechanism)
+	if err := c.plane.connect(conn, chosen); err != nil {
+		ctx, cancel := closeCtx()
+		defer cancel()
+		_, _ = c.Close(ctx, conn, opts...)
+		return nil, err
 	}
 	return conn, nil
 }
 
-func (*crossConnectClient) Close(ctx context.Context, conn *networkservice.Connection, opts ...grpc.CallOption) (*empty.Empty, error) {
-	return next.Client(ctx).Close(ctx, conn, opts...)
+func (c *vethClient) Close(ctx context.Context, conn *networkservice.Connection, opts ...grpc.CallOption) (*empty.Empty, error) {
+	_, err := next.Client(ctx).Close(ctx, conn, opts...)
+	c.plane.disconnect(conn.GetId())
+	return &empty.Empty{}, err
 }
