@@ -14,7 +14,6 @@ import (
 	kernelmech "github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/kernel"
 	"github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/memif"
 	registryapi "github.com/networkservicemesh/api/pkg/api/registry"
-	"github.com/networkservicemesh/sdk-kernel/pkg/kernel/networkservice/connectioncontextkernel"
 	"github.com/networkservicemesh/sdk-kernel/pkg/kernel/networkservice/ethernetcontext"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
 	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/endpoint"
@@ -58,6 +57,7 @@ func runForwarder(ctx context.Context) error {
 		), dial)
 	services := registryclient.NewNetworkServiceRegistryClient(ctx, registryclient.WithClientURL(nsmgr), dial)
 	plane := &dataplane{pairs: map[string]*pair{}}
+	contextServer, contextClient := connectionContext()
 	chain := endpoint.NewServer(ctx, own.tokens,
 		endpoint.WithName(name),
 		endpoint.WithAuthorizeServer(authorize.NewServer()),
@@ -66,7 +66,7 @@ func runForwarder(ctx context.Context) error {
 			sendfd.NewServer(),
 			discover.NewServer(services, nses),
 			roundrobin.NewServer(),
-			connectioncontextkernel.NewServer(),
+			contextServer,
 			ethernetcontext.NewVFServer(),
 			mechanisms.NewServer(map[string]networkservice.NetworkServiceServer{
 				kernelmech.MECHANISM: &vethServer{},
@@ -78,7 +78,7 @@ func runForwarder(ctx context.Context) error {
 				client.WithDialTimeout(750*time.Millisecond),
 				client.WithAdditionalFunctionality(
 					mechanismtranslation.NewClient(),
-					connectioncontextkernel.NewClient(),
+					contextClient,
 					&vethClient{plane: plane},
 					filtermechanisms.NewClient(),
 					recvfd.NewClient(),
