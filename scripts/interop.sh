@@ -45,20 +45,38 @@ failed=0
 table="$out/table.jsonl"
 : >"$table"
 
-# scenario TITLE MESH run|judge [FLAG...]
-scenario() {
-	local title=$1 mesh=$2 role=$3 begun=$SECONDS
+# Whether the last scenario failed by what grpcfd in the SDK's endpoint does under
+# load (docs/interop.md, finding 12), of which it says nothing about the daemon.
+struck_by_grpcfd() {
+	grep -q '"step":"every refresh of the daemon succeeded","failed":.*file already closed' "$out/last.log"
+}
+
+# judged TITLE MESH run|judge [FLAG...]: one scenario, and how it ended
+judged() {
+	local title=$1 mesh=$2 role=$3 begun=$SECONDS ended=passed
 	shift 3
 	printf '\n== interop: %s: %s\n' "$title" "$role"
 	if [ "$role" = run ]; then
 		set -- -daemon target/debug/proxy -probe "$out/grpc-health-probe" "$@"
 	fi
 	if ! scripts/netns-run.sh "$out/$mesh" "$role" -services target/debug/services -title "$title" "$@" | tee "$out/last.log"; then
-		failed=1
-		printf '== interop: %s: %s FAILED\n' "$title" "$role"
+		ended=FAILED
 	fi
 	grep '^{' "$out/last.log" >>"$table" || true
-	printf '== interop: %s: %s: %d s\n' "$title" "$role" "$((SECONDS - begun))"
+	printf '== interop: %s: %s: %s, %d s\n' "$title" "$role" "$ended" "$((SECONDS - begun))"
+	[ "$ended" = passed ]
+}
+
+# scenario TITLE MESH run|judge [FLAG...]
+scenario() {
+	judged "$@" && return
+	if struck_by_grpcfd; then
+		local title=$1
+		shift
+		printf '== interop: a Request met the race of grpcfd: once more\n'
+		judged "$title, again" "$@" && return
+	fi
+	failed=1
 }
 
 if [ "$mode" = full ]; then
