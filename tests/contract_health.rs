@@ -6,6 +6,9 @@
     reason = "helpers of tests end by panicking too"
 )]
 
+#[path = "contract_health/undecodable.rs"]
+mod undecodable;
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};

@@ -11,6 +11,8 @@
 
 #[path = "shutdown/paused.rs"]
 mod paused;
+#[path = "shutdown/sockets.rs"]
+mod sockets;
 
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};

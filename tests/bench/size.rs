@@ -31,7 +31,7 @@ fn with(report: &mut Report, families: IpFamilies, targets: usize) -> Result<(),
         &format!("resident, 1 LB, {families:?}"),
         "MiB",
         &[idle],
-        &[],
+        &[Aim::Max(20.0)],
     );
     for _ in 1..LBS {
         lab.add_lb()?;
