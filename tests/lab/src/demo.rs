@@ -299,6 +299,9 @@ fn describe(step: &Step, demand: Demand, took: Duration) -> String {
             step.lost_steady, step.lost_moved
         );
     }
+    if step.discarded > 0 {
+        let _ = write!(text, ", {} maybe discarded by the machine", step.discarded);
+    }
     if step.lost_steady > 0 {
         let worst = step.worst_run as u128 * INTERVAL.as_millis();
         let _ = write!(text, ", one for {worst} ms");

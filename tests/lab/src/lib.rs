@@ -30,6 +30,7 @@
 )]
 
 pub mod agent;
+pub mod backlog;
 pub mod burst;
 pub mod client;
 pub mod datapath;

@@ -16,6 +16,7 @@ use meridio_proxy::sync::poll::{self, Interest, WakeFd};
 use meridio_proxy::sync::thread::{STACK_LARGE, ThreadHandle, Threads};
 use parking_lot::{Condvar, Mutex};
 
+use crate::backlog;
 use crate::netns::Netns;
 use crate::sock;
 
@@ -48,7 +49,11 @@ pub struct Way {
 
 /// A moment between two packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mark(usize);
+pub struct Mark {
+    tick: usize,
+    /// What the machine had discarded by then.
+    discarded: u64,
+}
 
 /// Steady flows; dropping stops them.
 pub struct Flows {
@@ -103,6 +108,9 @@ pub struct Step {
     /// Where the first of the lost packets went to, and after how many
     /// intervals of the window.
     pub first_lost: Vec<(SocketAddr, usize)>,
+    /// How many of the lost packets may be those that the machine's kernel
+    /// discarded, of whomever, between hardware and network stack.
+    pub discarded: usize,
     /// The last error that sending or receiving met.
     pub error: Option<String>,
 }
@@ -183,7 +191,10 @@ impl Flows {
     /// This moment: the packets of the next interval are after it.
     #[must_use]
     pub fn mark(&self) -> Mark {
-        Mark(self.shared.table.lock().tick + 1)
+        Mark {
+            tick: self.shared.table.lock().tick + 1,
+            discarded: backlog::discarded(),
+        }
     }
 
     /// Waits until every flow has got an answer to a packet sent after `mark`;
@@ -192,7 +203,7 @@ impl Flows {
     pub fn all_answered_since(&self, mark: Mark, limit: Duration) -> bool {
         self.wait(limit, |table| {
             let fresh = |flow: &Flow| {
-                let from = mark.0.saturating_sub(flow.first).min(flow.ways.len());
+                let from = mark.tick.saturating_sub(flow.first).min(flow.ways.len());
                 flow.ways[from..].iter().any(Option::is_some)
             };
             table.flows.iter().filter(|f| f.active).all(fresh)
@@ -212,7 +223,7 @@ impl Flows {
     pub fn step(&self, mark: Mark) -> Step {
         let end = self.mark();
         let complete = |table: &Table| {
-            table.tick > end.0
+            table.tick > end.tick
                 && (table.flows.iter())
                     .all(|flow| flow.window(mark, end).iter().all(Option::is_some))
         };
@@ -225,6 +236,8 @@ impl Flows {
         for flow in &table.flows {
             flow.judge(mark, end, &mut step);
         }
+        drop(table);
+        step.discarded = backlog::excused(mark.discarded, backlog::discarded(), step.lost);
         step
     }
 
@@ -371,7 +384,7 @@ fn parse(answer: &[u8], id: usize) -> Option<(usize, u8, &str)> {
 
 impl Flow {
     fn window(&self, from: Mark, to: Mark) -> &[Option<Way>] {
-        let place = |mark: Mark| mark.0.saturating_sub(self.first).min(self.ways.len());
+        let place = |mark: Mark| mark.tick.saturating_sub(self.first).min(self.ways.len());
         &self.ways[place(from)..place(to)]
     }
 
@@ -380,7 +393,7 @@ impl Flow {
         if window.is_empty() {
             return;
         }
-        let start = from.0.saturating_sub(self.first).min(self.ways.len());
+        let start = from.tick.saturating_sub(self.first).min(self.ways.len());
         let before = self.ways[..start].iter().rev().flatten().next();
         let after = self.ways[start..].iter().flatten();
         let before = before.or_else(|| after.clone().next()).copied();
@@ -427,6 +440,16 @@ impl fmt::Display for Step {
             self.moved_there,
             self.moved_target
         )?;
+        if self.discarded > 0 {
+            write!(
+                f,
+                "; {} of them maybe discarded by the machine",
+                self.discarded
+            )?;
+        }
+        for (to, interval) in &self.first_lost {
+            write!(f, "; one to {to} in interval {interval}")?;
+        }
         match &self.error {
             Some(error) if self.lost > 0 => write!(f, "; last error: {error}"),
             _ => Ok(()),
